@@ -65,8 +65,6 @@ def _key(meaning: str, low: float | None = None, high: float | None = None, choi
 class Settings:
     "One study, resolved: every key of `settings.ini` with its type. Make one with `load_settings`."
 
-    # fmt: off
-    # ruff: noqa: E501
     preset: str = _key("name of the preset these values came from")
     model: str = _key("engine specification of the policy: smollm2 (embedded), or hf:ID_OR_PATH")
     quantization: str = _key("weights of the frozen base: nf4 (QLoRA) or none (bf16)", choices=("nf4", "none"))
@@ -75,19 +73,37 @@ class Settings:
     lora_dropout: float = _key("dropout inside the adapter, share", 0, 0.9)
     seed: int = _key("seed of sampling, data order and initialisation", 0, 2**31 - 1)
     rubric: str = _key("name of a shipped rubric, or path of a rubric YAML")
-    dimensions: int = _key("dimensions kept per principle, first ones first, one gate and three graded questions each; 0 = the whole rubric", 0, 10_000)
+    dimensions: int = _key(
+        "first dimensions kept per principle, one gate and three graded questions each; 0 = the whole rubric",
+        0,
+        10_000,
+    )
     judge: str = _key("who answers the rubric: self (the policy's base, adapter off) or an engine specification")
-    scores: str = _key("hard (arg-max labels, as in the paper) or expected (label probabilities)", choices=("hard", "expected"))
+    scores: str = _key(
+        "hard (arg-max labels, as in the paper) or expected (label probabilities)",
+        choices=("hard", "expected"),
+    )
     max_failed: float = _key("largest share of failed verdicts a response may have and still be scored", 0, 1)
     judge_chunk: int = _key("questions answered in one forward pass of the judge", 1, 1000)
     alpha: float = _key("bonus on R2 - R1 when the revision is better", 0, 1000)
     beta: float = _key("penalty on R1 - R2 when it is not", 0, 1000)
     sft_prompts: int = _key("prompts turned into Think-SFT records", 1, 1_000_000)
+    sft_benign: int = _key(
+        "benign prompts turned into records as well, answered in the revision; the paper has none",
+        0,
+        1_000_000,
+    )
     sft_epochs: float = _key("passes over the Think-SFT records", 0, 1000)
     sft_lr: float = _key("peak learning rate of SFT", 1e-8, 1)
     sft_batch: int = _key("records per optimiser step of SFT", 1, 4096)
-    reflection_writer: str = _key("model: the policy writes the reflection; template: our sentences fill in the weakest question", choices=("model", "template"))
-    revision_writer: str = _key("model: the policy rewrites from an instruction; template: it continues a given opening", choices=("model", "template"))
+    reflection_writer: str = _key(
+        "model: the policy writes the reflection; template: our sentences fill in the weakest question",
+        choices=("model", "template"),
+    )
+    revision_writer: str = _key(
+        "model: the policy rewrites from an instruction; template: it continues a given opening",
+        choices=("model", "template"),
+    )
     candidates: int = _key("revisions sampled per record; the judge keeps the best", 1, 64)
     draft_tokens: int = _key("longest draft in a Think-SFT record, tokens", 8, 32_768)
     reflection_tokens: int = _key("longest reflection in a Think-SFT record, tokens", 8, 32_768)
@@ -96,7 +112,11 @@ class Settings:
     grpo_steps: int = _key("optimiser steps of GRPO", 0, 1_000_000)
     prompts_per_step: int = _key("prompts per GRPO step", 1, 4096)
     group_size: int = _key("completions per prompt: the group whose mean is the baseline", 2, 256)
-    lr: float = _key("peak learning rate of GRPO; 1e-6 is the paper's, for full fine-tuning; LoRA wants 1e-5 and more", 1e-9, 1)
+    lr: float = _key(
+        "peak learning rate of GRPO; 1e-6 is the paper's, for full fine-tuning; LoRA wants 1e-5 and more",
+        1e-9,
+        1,
+    )
     warmup: float = _key("share of GRPO steps over which the learning rate rises", 0, 1)
     kl: float = _key("weight of the KL divergence to the reference (the adapter after SFT)", 0, 10)
     clip: float = _key("clip range of the importance ratio", 0, 10)
@@ -112,7 +132,6 @@ class Settings:
     eval_temperature: float = _key("sampling temperature of evaluation; 0 = greedy", 0, 10)
     eval_tokens: int = _key("longest evaluated output, tokens", 8, 1_000_000)
     eval_trials: int = _key("samples per evaluated prompt", 1, 1000)
-    # fmt: on
 
     def to_dict(self) -> dict[str, Any]:
         "Plain values by key."
@@ -263,7 +282,7 @@ def append_jsonl(
 def read_jsonl(
     path: Path | str,
 ) -> Iterator[dict[str, Any]]:
-    "Rows of a JSON-lines file. An unfinished last line is passed over; any other broken line is an error that names it."
+    "Rows of a JSON-lines file. An unfinished last line is passed over; any other broken line is an error."
     lines = Path(path).read_text(encoding="utf-8").split("\n")
     for i, line in enumerate(lines, 1):
         if not line.strip():

@@ -1,0 +1,273 @@
+"Room stats: coverage and calibration by simulation, agreement with scipy, properties."
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from qalign.core import UserError
+from qalign.stats import (
+    Difference,
+    Interval,
+    cohen_kappa,
+    holm,
+    kappa_interval,
+    mcnemar,
+    mean_interval,
+    minimum_detectable,
+    paired_bootstrap,
+    wilson,
+)
+
+CALM = settings(derandomize=True, max_examples=100, deadline=None)
+values = st.floats(-1e3, 1e3, allow_subnormal=False)
+GRADES, SHARES = np.array([-1, -0.5, 0.1, 0.5, 1]), np.array([0.3, 0.1, 0.1, 0.2, 0.3])
+
+
+# coverage and calibration
+
+
+@pytest.mark.parametrize("n", [10, 40, 200])
+def test_wilson_coverage_by_simulation(n):
+    rng = np.random.default_rng(0)
+    intervals = [wilson(k, n) for k in range(n + 1)]
+    hits = []
+    for p in np.linspace(0.02, 0.98, 49):
+        drawn = [intervals[k] for k in rng.binomial(n, p, size=400)]
+        hits.append(np.mean([i.low <= p <= i.high for i in drawn]))
+    assert 0.94 <= np.mean(hits) <= 0.97
+
+
+def test_wilson_coverage_at_40_exactly():
+    n, k = 40, np.arange(41)
+    low, high = np.array([(w.low, w.high) for w in (wilson(int(i), n) for i in k)]).T
+    for p in np.linspace(0.001, 0.999, 999):
+        least = 0.92 if 0.03 <= p <= 0.97 else 0.83  # the known dips of this interval lie next to 0 and 1
+        assert stats.binom.pmf(k, n, p)[(low <= p) & (p <= high)].sum() > least, p
+
+
+DRAWS = {
+    "normal": (lambda rng, n: rng.normal(0.3, 2, size=n), 0.3),
+    "grades": (lambda rng, n: rng.choice(GRADES, p=SHARES, size=n), float(GRADES @ SHARES)),
+    "binary": (lambda rng, n: rng.choice([-1, 0, 1], p=[0.05, 0.8, 0.15], size=n), 0.1),
+}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_paired_bootstrap_coverage(name):
+    draw, mean = DRAWS[name]
+    rng = np.random.default_rng(1)
+    found = [paired_bootstrap(np.zeros(40), draw(rng, 40), n_boot=600, n_flip=2) for _ in range(1000)]
+    assert 0.92 <= np.mean([f.low <= mean <= f.high for f in found]) <= 0.97
+
+
+def test_coverage_needs_clusters():
+    rng = np.random.default_rng(2)
+    prompt, naive, clustered = np.repeat(np.arange(40), 4), 0, 0
+    for _ in range(300):
+        x = rng.normal(size=40)[prompt] + 0.3 * rng.normal(size=160)
+        found = mean_interval(x, n_boot=400), mean_interval(x, prompt, n_boot=400)
+        naive, clustered = (c + (f.low <= 0 <= f.high) for c, f in zip((naive, clustered), found, strict=True))
+    assert naive / 300 < 0.8 and clustered / 300 >= 0.92
+
+
+@pytest.mark.parametrize("n", [8, 40])
+def test_permutation_p_is_uniform_under_the_null(n):
+    rng = np.random.default_rng(3)
+    p = np.array([paired_bootstrap(np.zeros(n), rng.normal(size=n), n_boot=100, n_flip=999).p for _ in range(1500)])
+    for level in (0.01, 0.05, 0.2, 0.5):
+        assert abs(np.mean(p <= level) - level) < 3.5 * math.sqrt(level * (1 - level) / 1500) + 2 / min(2**n, 1000)
+    assert stats.kstest(p, "uniform").statistic < 0.04 and p.min() > 0
+
+
+# references
+
+
+def test_sign_flip_against_enumeration_by_hand():
+    rng = np.random.default_rng(4)
+    for n in range(2, 11):
+        d = rng.normal(0.4, 1, size=n)
+        means = [np.mean(d * [1 if m >> i & 1 else -1 for i in range(n)]) for m in range(2**n)]
+        expected = np.mean(np.abs(means) >= abs(d.mean()) - 1e-12)
+        assert math.isclose(paired_bootstrap(np.zeros(n), d, n_boot=100).p, expected)
+
+
+def test_random_flips_count_the_observed_one():
+    found = paired_bootstrap(np.zeros(60), np.full(60, 0.5) + np.arange(60) / 100)
+    assert math.isclose(found.p, 2 / 10_001) and found.low > 0
+
+
+def test_mean_interval_against_student():
+    x = np.random.default_rng(5).normal(1, 2, size=500)
+    found, (low, high) = mean_interval(x, n_boot=20_000), stats.t.interval(0.95, 499, x.mean(), stats.sem(x))
+    assert abs(found.low - low) < 0.01 and abs(found.high - high) < 0.01 and found.estimate == x.mean()
+
+
+def test_mcnemar_against_binomial():
+    rng = np.random.default_rng(6)
+    for _ in range(50):
+        a, b = rng.random(30) < 0.4, rng.random(30) < 0.6
+        found = mcnemar(list(a), list(b))
+        only_a, only_b = int((a & ~b).sum()), int((~a & b).sum())
+        assert (found.only_a, found.only_b, found.n) == (only_a, only_b, 30)
+        tail = sum(math.comb(only_a + only_b, i) for i in range(min(only_a, only_b) + 1)) / 2 ** (only_a + only_b)
+        assert math.isclose(found.p, min(1, 2 * tail))
+
+
+def test_mcnemar_without_discordance_or_side():
+    assert mcnemar([True, False], [True, False]).p == 1
+    found = mcnemar([True, None, False, True], [False, True, None, True])
+    assert (found.only_a, found.only_b, found.n, found.dropped) == (1, 0, 2, 2)
+
+
+def test_kappa_against_definition():
+    rng = np.random.default_rng(7)
+    for k in (2, 3, 5):
+        x = rng.integers(0, k, 80)
+        y = np.where(rng.random(80) < 0.5, x, rng.integers(0, k, 80))
+        observed = np.mean(x == y)
+        chance = sum(np.mean(x == c) * np.mean(y == c) for c in range(k))
+        assert math.isclose(cohen_kappa(list(x), list(y)), (observed - chance) / (1 - chance))
+
+
+def test_kappa_interval_coverage():
+    rng, truth, hits = np.random.default_rng(8), 0.6, 0
+    for _ in range(400):
+        x = rng.random(80) < 0.5
+        y = np.where(rng.random(80) < truth, x, rng.random(80) < 0.5)
+        found = kappa_interval(list(x), list(y), n_boot=400)
+        hits += found.low <= truth <= found.high
+    assert hits / 400 >= 0.92
+
+
+def test_minimum_detectable_is_detected():
+    rng = np.random.default_rng(9)
+    effect = minimum_detectable(200, p=0.4)
+    a, b = rng.binomial(200, 0.4, 4000) / 200, rng.binomial(200, 0.4 + effect, 4000) / 200
+    z = (b - a) / np.sqrt((a * (1 - a) + b * (1 - b)) / 200)
+    assert abs(np.mean(np.abs(z) > stats.norm.ppf(0.975)) - 0.8) < 0.03
+    assert minimum_detectable(10, sd=0) == 0 and minimum_detectable(400, sd=1) == minimum_detectable(100, sd=1) / 2
+
+
+# properties
+
+
+@CALM
+@given(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))), st.floats(0.5, 0.999))
+def test_wilson_properties(kn, level):
+    k, n = kn
+    found, mirror = wilson(k, n, level), wilson(n - k, n, level)
+    assert 0 <= found.low <= found.estimate + 1e-12 and found.estimate <= found.high + 1e-12 and found.high <= 1
+    assert math.isclose(found.low, 1 - mirror.high, abs_tol=1e-9)
+    wider = wilson(k, n, (level + 1) / 2)
+    assert wider.low <= found.low + 1e-12 and wider.high >= found.high - 1e-12
+
+
+@CALM
+@given(st.lists(values, min_size=2, max_size=30), st.data())
+def test_mean_interval_properties(x, data):
+    clusters = data.draw(st.none() | st.lists(st.integers(0, 4), min_size=len(x), max_size=len(x)))
+    if clusters is not None and len(set(clusters)) < 2:
+        with pytest.raises(UserError, match="at least 2 clusters"):
+            mean_interval(x, clusters)
+        return
+    found = mean_interval(x, clusters, n_boot=200)
+    slack = 1e-9 * (1 + max(map(abs, x)))
+    assert min(x) - slack <= found.low <= found.high <= max(x) + slack
+    assert found == mean_interval(x, clusters, n_boot=200)
+    assert all(map(math.isfinite, (found.estimate, found.low, found.high)))
+
+
+@CALM
+@given(values, st.integers(2, 20))
+def test_constant_data_has_no_width(v, n):
+    found = mean_interval([v] * n)
+    assert found.low == found.high == found.estimate and math.isclose(found.estimate, v, abs_tol=1e-12)
+    same = paired_bootstrap([v] * n, [v] * n)
+    assert (same.low, same.estimate, same.high, same.p) == (0, 0, 0, 1)
+
+
+pairs = st.lists(st.tuples(st.none() | values, st.none() | st.just(math.nan) | values), min_size=2, max_size=20)
+
+
+@CALM
+@given(pairs)
+def test_pairs_with_a_missing_side_are_dropped_and_counted(rows):
+    a, b = zip(*rows, strict=True)
+    whole = [(x, y) for x, y in rows if x is not None and y is not None and not math.isnan(y)]
+    if len(whole) < 2:
+        with pytest.raises(UserError):
+            paired_bootstrap(a, b, n_boot=100, n_flip=50)
+        return
+    found = paired_bootstrap(a, b, n_boot=100, n_flip=50)
+    left, right = zip(*whole, strict=True)
+    kept = paired_bootstrap(left, right, n_boot=100, n_flip=50)
+    assert found == Difference(kept.estimate, kept.low, kept.high, kept.p, len(whole), len(rows) - len(whole))
+    back = paired_bootstrap(b, a, n_boot=100, n_flip=50)
+    assert back.estimate == -found.estimate and 0 < found.p <= 1
+
+
+@CALM
+@given(st.lists(st.floats(0, 1), max_size=20), st.randoms(use_true_random=False))
+def test_holm_properties(p, rng):
+    adjusted = holm(p)
+    assert all(x <= y <= min(1, len(p) * x + 1e-15) for x, y in zip(p, adjusted, strict=True))
+    by_p = [y for _, y in sorted(zip(p, adjusted, strict=True))]
+    assert by_p == sorted(by_p)
+    order = list(range(len(p)))
+    rng.shuffle(order)
+    assert holm([p[i] for i in order]) == [adjusted[i] for i in order]
+
+
+@CALM
+@given(st.lists(st.tuples(*[st.sampled_from(["safe", "unsafe", "unsure"])] * 2), min_size=1, max_size=40))
+def test_kappa_properties(rows):
+    x, y = zip(*rows, strict=True)
+    kappa = cohen_kappa(x, y)
+    assert kappa == pytest.approx(cohen_kappa(y, x))
+    if kappa is None:
+        assert len({*x, *y}) == 1
+        return
+    assert -1 <= kappa <= 1 and (kappa == 1) == (x == y)
+    found = kappa_interval(x, y, n_boot=100)
+    assert -1 <= found.low <= found.high <= 1 and found.estimate == kappa
+
+
+def test_perfect_agreement_has_no_width():
+    assert kappa_interval(["a", "b"] * 20, ["a", "b"] * 20) == Interval(1, 1, 1, 40)
+
+
+# errors
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: wilson(-1, 5), "expected k between 0 and n=5, got k=-1"),
+        (lambda: wilson(2.5, 5), "expected whole numbers"),
+        (lambda: wilson(1, 5, 95), "expected level between 0 and 1"),
+        (lambda: mean_interval([[1, 2], [3, 4]]), "flat list"),
+        (lambda: mean_interval([1, math.inf]), "got inf at position 1"),
+        (lambda: mean_interval([1, 2], n_boot=10), "n_boot of 100 or more"),
+        (lambda: mean_interval([1, 2], [1]), "1 clusters for 2 values"),
+        (lambda: paired_bootstrap([], []), "got nothing"),
+        (lambda: paired_bootstrap([1, 2], [1, 2], [1]), "1 clusters for 2 pairs"),
+        (lambda: mcnemar([1, 0], [1]), "got 2 values of a and 1 of b"),
+        (lambda: mcnemar([2], [1]), "expected True or False"),
+        (lambda: cohen_kappa([], []), "at least one item"),
+        (lambda: cohen_kappa([1], [1, 2]), "two labels per item"),
+        (lambda: cohen_kappa([None, "a"], ["a", "a"]), "missing one"),
+        (lambda: holm([math.nan]), "p values between 0 and 1"),
+        (lambda: minimum_detectable(10), "either sd or p"),
+        (lambda: minimum_detectable(10, sd=1, p=0.5), "either sd or p"),
+        (lambda: minimum_detectable(10, p=2), "expected p between"),
+        (lambda: minimum_detectable(10, sd=-1), "expected sd of 0 or more"),
+    ],
+)
+def test_errors_are_one_line(call, message):
+    with pytest.raises(ValueError, match=r"^[^\n]*$") as e:
+        call()
+    assert message in str(e.value)
