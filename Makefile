@@ -31,7 +31,7 @@ help:
 	@echo "PYTHON=python3.12 chooses the interpreter; TORCH_INDEX=https://download.pytorch.org/whl/cpu spares the CUDA libraries"
 
 # The stamp is written last: an interrupted install is taken up again, a finished one is not repeated.
-$(STAMP): constraints.txt pyproject.toml
+$(STAMP):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo "qalign needs Python 3.11 or newer, $(PYTHON) is $$($(PYTHON) -c 'import platform; print(platform.python_version())' 2>/dev/null || echo no Python that runs): name another with PYTHON=/path/to/python3.11"; exit 1; }
 	@echo "install 1/4: virtual environment in $(VENV)"

@@ -53,6 +53,7 @@ Resume = Annotated[bool, typer.Option("--resume", help="go on behind the last fi
 @app.callback(help="QA-LIGN in notebooks: a rubric of questions judges, rewards and improves a model.")
 def _root() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch asks for huge pages: fewer page faults on a CPU
 
 # %% ../nbs/19_cli.ipynb #573ed2a8
 @app.command(context_settings=_MORE)

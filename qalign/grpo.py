@@ -12,6 +12,7 @@ from typing import Any
 
 # %% ../nbs/12_grpo.ipynb #c5a630a1
 from .core import Settings, UserError, append_jsonl
+from .engine import quiet, unpacked
 from .judge import Judge
 from .prompts import Prompt
 from .reward import RubricReward
@@ -31,6 +32,7 @@ def grpo_arguments(
     folder: Path | str,  # where the trainer may put its files
 ) -> Any:
     "TRL's `GRPOConfig` for these settings."
+    quiet()
     from trl import GRPOConfig
 
     total, micro = settings.prompts_per_step * settings.group_size, micro_batch(settings)
@@ -85,7 +87,8 @@ def train_grpo(
         callbacks=[log_callback(lambda row: _on_step(row, reward, folder, log))],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train()
+    with unpacked(model):
+        trainer.train()
     return reward
 
 # %% ../nbs/12_grpo.ipynb #8f897f7a

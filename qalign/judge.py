@@ -9,7 +9,7 @@ __all__ = ['SYSTEM', 'LABELS', 'judge_prefix', 'judge_suffix', 'Scorecard', 'Jud
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
@@ -52,7 +52,7 @@ def judge_suffix(
     return f"{_ASK[question.kind]}: {question.text}{tail}"
 
 # %% ../nbs/06_judge.ipynb #70301278
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Scorecard:
     "The verdicts on one response, and the score they pool to."
 
@@ -61,7 +61,7 @@ class Scorecard:
     verdicts: tuple[Verdict, ...]  # one per question asked, in the rubric's order
     score: Score  # base, principles and dimensions
     tokens: int  # tokens computed for this response
-    seconds: float  # its share of the wall time
+    seconds: float = field(default=0.0, compare=False)  # its share of the wall time
 
     def to_rows(self, rubric: Rubric) -> list[dict[str, Any]]:
         "One plain row per question asked: principle, dimension, question, label, probability of the best label."
@@ -73,6 +73,10 @@ class Scorecard:
             p_best = (v.probs or {}).get(LABELS[q.kind][0])
             rows.append({**row, "label": v.label, "p_best": p_best, "status": v.status, "reason": v.reason})
         return rows
+
+    def __repr__(self) -> str:
+        labels = " ".join(f"{v.question_id}={v.label or v.status}" for v in self.verdicts)
+        return f"Scorecard(base={'None' if self.score.base is None else round(self.score.base, 3)}, {labels})"
 
     def _repr_html_(self) -> str:
         base = "none" if self.score.base is None else f"{self.score.base:.2f}"

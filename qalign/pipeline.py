@@ -307,12 +307,11 @@ class Run:
         return log
 
     def _heatmap(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        row = next((r for r in rows if r["ok"] and r["set"] == "harmful"), next((r for r in rows if r["ok"]), None))
-        if row is None:
-            raise UserError("no output of the final model parses: raise sft_epochs or completion_tokens")
-        trace = parse_trace(row["output"])
+        found = [(r["prompt"], parse_trace(r["output"])) for r in rows if r["ok"]]
+        records = read_jsonl(self.folder.path / "records.jsonl")
+        prompt, trace = found[0] if found else next((r["prompt"], Record(**r)) for r in records)
         rubric = self.plan.rubric
-        cards = self.policy.judge(rubric).score(row["prompt"], [trace.draft, trace.revision])
+        cards = self.policy.judge(rubric).score(prompt, [trace.draft, trace.revision])
         answers = [{v.question_id: {"label": v.label, "probs": v.probs} for v in c.verdicts} for c in cards]
         questions = [
             {"id": q.id, "principle": p.name, "dimension": d.name, "kind": q.kind, "text": q.text}
@@ -322,7 +321,8 @@ class Run:
             for q in d.questions
         ]
         parts = {"draft": trace.draft, "revision": trace.revision}
-        return {"prompt": row["prompt"], "parts": parts, "questions": questions}
+        source = "an output of the final model" if found else "a Think-SFT record: no output of the final model parses"
+        return {"prompt": prompt, "source": source, "parts": parts, "questions": questions}
 
 # %% ../nbs/17_pipeline.ipynb #1b0da584
 _SAYS = {
@@ -347,12 +347,11 @@ def _stage(name: str, folder: Folder) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         raise Stopped(f"{where} by the user: add --resume to go on from there") from None
-    except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as e:
+        full = getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(e)
+        if not full:
             raise
         raise Stopped(f"{where}: the disk is full: free some space, then add --resume to go on") from None
-    except MemoryError:
-        raise Stopped(f"{where}: out of memory: lower micro_batch or judge_chunk in another run") from None
 
 
 def run(

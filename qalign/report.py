@@ -410,7 +410,8 @@ def _questions(records: Records) -> str:
     parts = "".join(f"<h4>{_esc(name)}</h4><pre>{_esc(text)}</pre>" for name, text in heat["parts"].items())
     table = _table(["question", "principle", "dimension", "text", "draft", "revision"], rows)
     asked = f"<details><summary>{len(rows)} questions</summary>{table}</details>"
-    return f"<p>Prompt: {_esc(heat['prompt'])}</p>{parts}{asked}"
+    source = f"<p>This is {_esc(heat['source'])}.</p>" if heat.get("source") else ""
+    return f"{source}<p>Prompt: {_esc(heat['prompt'])}</p>{parts}{asked}"
 
 # %% ../nbs/15_report.ipynb #7b6b8804
 def _comparisons(records: Records) -> str:

@@ -18,7 +18,7 @@ import yaml
 
 # %% ../nbs/10_sft.ipynb #a6a392e0
 from .core import Settings, UserError, content_hash, data_path, set_seed
-from .engine import Chat, HFEngine
+from .engine import Chat, HFEngine, quiet, unpacked
 from .judge import Judge, Scorecard
 from .pool import GRADE
 from .prompts import Prompt
@@ -313,6 +313,7 @@ def common_arguments(
     "The trainer arguments that SFT and GRPO share, each set on purpose."
     import torch
 
+    quiet()
     cuda = torch.cuda.is_available()
     return {
         "output_dir": str(folder),
@@ -364,7 +365,8 @@ def train_sft(
         model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer, callbacks=[log_callback(log)]
     )
     trainer.remove_callback(_printer())
-    trainer.train()
+    with unpacked(model):
+        trainer.train()
 
 # %% ../nbs/10_sft.ipynb #e049ab0a
 def _printer() -> Any:

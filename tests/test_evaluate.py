@@ -124,7 +124,7 @@ def test_mute_judge_stays_none():
 
 def test_sampling_settings_and_seeds():
     _, judge, engine = run(eval_trials=3)
-    assert [c[:3] for c in engine.calls] == [(144, 0.7, 1.0)] * 3
+    assert [c[:3] for c in engine.calls] == [(load_settings("tiny").eval_tokens, 0.7, 1.0)] * 3
     seeds = [c[3] for c in engine.calls]
     assert len(set(seeds)) == 3 and all(0 <= s < 2**31 for s in seeds)
     assert seeds == [c[3] for c in run(eval_trials=3, model="grpo")[2].calls]  # the models draw alike

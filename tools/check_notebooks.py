@@ -31,7 +31,7 @@ def copy_project(to: Path) -> None:
 
 def nbdev(command: str, *args: str, at: Path) -> None:
     "Run one nbdev command on the copy, with the copy's package."
-    env = {**os.environ, "PYTHONPATH": str(at)}
+    env = {**os.environ, "PYTHONPATH": str(at), "OMP_NUM_THREADS": "1"}  # two workers with two threads each are slower
     done = subprocess.run(
         [Path(sys.executable).with_name(command), *args], cwd=at, env=env, capture_output=True, text=True
     )
@@ -90,10 +90,12 @@ def texts(cell: dict) -> list[str]:
 
 
 def first_difference(committed: list[str], fresh: list[str]) -> str:
-    "The first line that differs, both ways, in one line."
+    "The first line that differs, both ways, from shortly before the place where it does."
     changed = [d for d in difflib.ndiff(committed, fresh) if d[0] in "-+"]
-    old, new = (next((d[2:82] for d in changed if d[0] == sign), "nothing") for sign in "-+")
-    return f"committed {old!r}, a fresh run gives {new!r}"
+    old, new = (next((d[2:] for d in changed if d[0] == sign), "nothing") for sign in "-+")
+    same = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
+    start = max(0, same - 30)
+    return f"committed {old[start:][:90]!r}, a fresh run gives {new[start:][:90]!r}"
 
 
 def main() -> None:

@@ -1,0 +1,125 @@
+"Bad input on the command line: one line that names the thing and the remedy, a non-zero exit, nothing half-written."
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qalign import cli, pipeline
+from qalign.core import UserError, load_settings
+
+
+def call(monkeypatch, capsys, *args):
+    "Exit code and standard error of `qalign ARGS`, in this process."
+    monkeypatch.setattr(sys, "argv", ["qalign", *map(str, args)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+        raise SystemExit(0)
+    return stop.value.code, capsys.readouterr().err
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+TWO = "{name: a, questions: [{id: x, kind: gate, text: 'A?'}, {id: x, kind: graded, text: 'B?'}]}"
+RUBRIC = "name: mine\ncap: ''\nprinciples: [{{name: p, dimensions: [{}]}}]\n"
+CASES = {
+    "unknown preset": (["run", "--preset", "gpu42"], "unknown preset 'gpu42': choose one of"),
+    "unknown key": (["run", "--alhpa", "2"], "unknown option '--alhpa'"),
+    "key without value": (["run", "--alpha"], "option --alpha needs a value"),
+    "out of range": (["run", "--group-size", "1"], "expected group_size between 2 and 256, got '1'"),
+    "not a number": (["demo", "--lr", "fast"], "expected float for lr, got 'fast'"),
+    "no prompt file": (["run", "--prompts", "nowhere.txt"], "no prompt file nowhere.txt"),
+    "empty prompt file": (["run", "--prompts", "{empty}"], "is empty"),
+    "wrong shape": (["run", "--prompts", "{shape}"], "expected a column 'prompt' or 'goal', found"),
+    "too few prompts": (["run", "--prompts", "{few}"], "prompts are needed"),
+    "duplicate ids": (["run", "--rubric", "{twice}"], "'x'"),
+    "no questions": (["run", "--rubric", "{bare}"], "'bare'"),
+    "no such rubric": (["rubric", "show", "nothing.yaml"], "nothing.yaml"),
+    "out is a file": (["run", "--out", "{empty}"], "is a file: give another --out"),
+    "out is not a run": (["run", "--out", "{folder}"], "is not empty and holds no run"),
+    "unknown command": (["rnu"], "rnu"),
+    "no run to report": (["report", "{folder}/none"], "no run folder none"),
+}
+
+
+@pytest.fixture
+def files(tmp_path):
+    folder = tmp_path / "files"
+    folder.mkdir()
+    return {
+        "empty": write(folder / "empty.txt", ""),
+        "shape": write(folder / "shape.csv", "question,answer\na,b\n"),
+        "few": write(folder / "few.txt", "One?\nTwo?\n"),
+        "twice": write(folder / "twice.yaml", RUBRIC.format(TWO)),
+        "bare": write(folder / "bare.yaml", RUBRIC.format("{name: bare, questions: []}")),
+        "folder": folder,
+    }
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_line_and_exit_2(name, files, tmp_path, monkeypatch, capsys):
+    args, message = CASES[name]
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    code, err = call(monkeypatch, capsys, *[a.format(**files) for a in args])
+    assert code == 2 and message in err and err.count("\n") == 1, err
+    assert sorted(tmp_path.rglob("*")) == before, "nothing is written"
+
+
+def test_another_plan_is_refused(tmp_path, monkeypatch, capsys):
+    plan = pipeline.make_plan(load_settings("tiny"))
+    pipeline.open_folder(tmp_path / "x", plan)
+    code, err = call(monkeypatch, capsys, "run", "--out", tmp_path / "x")
+    assert code == 2 and "add --resume" in err
+    code, err = call(monkeypatch, capsys, "run", "--out", tmp_path / "x", "--resume", "--alpha", "2")
+    assert code == 2 and "another alpha (10.0, now 2.0)" in err
+
+
+def test_prompt_longer_than_allowed(tmp_path, monkeypatch, capsys):
+    long = write(tmp_path / "long.txt", "\n".join([*(f"Number {i}?" for i in range(12)), "word " * 3000]))
+    code, err = call(monkeypatch, capsys, "run", "--prompts", long, "--out", tmp_path / "x")
+    assert code == 2 and "prompt_tokens" in err and err.count("\n") == 1
+
+
+def test_settings_too_long_for_the_model(tmp_path, monkeypatch, capsys):
+    code, err = call(monkeypatch, capsys, "run", "--completion-tokens", "9000", "--out", tmp_path / "x")
+    assert code == 2 and "8192 positions" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("model", ["gpt", "hf:", "hf:no/such-model-anywhere"])
+def test_unknown_model(model, tmp_path, monkeypatch, capsys):
+    code, err = call(monkeypatch, capsys, "run", "--model", model, "--out", tmp_path / "x")
+    assert code == 2 and "model" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("stopper", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_stopped_stage_is_said_and_made_again(stopper, tmp_path, monkeypatch):
+    plan = pipeline.make_plan(load_settings("tiny"))
+    folder = pipeline.open_folder(tmp_path / "x", plan)
+    with pytest.raises(UserError, match=r"stopped in stage records.*--resume"), pipeline._stage("records", folder):
+        raise stopper
+    with pytest.raises(ZeroDivisionError), pipeline._stage("records", folder):
+        raise ZeroDivisionError  # a defect keeps its traceback
+
+
+def test_clear_removes_what_a_stage_left(tmp_path):
+    folder = pipeline.Folder(tmp_path)
+    folder.metric("sft", {"part": "sft", "step": 1})
+    folder.metric("grpo", {"part": "grpo", "step": 1})
+    (tmp_path / "credit").mkdir()
+    (tmp_path / "traces.jsonl").write_text("{}\n")
+    folder.clear("grpo")
+    assert [json.loads(x)["part"] for x in (tmp_path / "metrics.jsonl").read_text().splitlines()] == ["sft"]
+    assert not (tmp_path / "credit").exists() and not (tmp_path / "traces.jsonl").exists()
+
+
+def test_help_lists_the_commands():
+    out = subprocess.run([sys.executable, "-m", "qalign.cli", "--help"], capture_output=True, text=True, check=False)
+    command = subprocess.run(["qalign", "--help"], capture_output=True, text=True, check=False)
+    assert command.returncode == 0 and all(f"  {c}" in command.stdout for c in ("demo", "run", "doctor", "rubric"))
+    assert out.returncode == 0
