@@ -40,7 +40,7 @@ class Records:
 # %% ../nbs/15_report.ipynb #ecbe4610
 def _need(run: Path, name: str, command: str) -> Path:
     if not (run / name).is_file():
-        raise UserError(f"no {name} in the run {run.name}: run `qalign {command}` first")
+        raise UserError(f"no {name} in the run {run.name}: go on with stage {command}: qalign run --resume")
     return run / name
 
 
@@ -48,16 +48,16 @@ def _json(run: Path, name: str, command: str, *keys: str) -> dict[str, Any]:
     try:
         found = json.loads(_need(run, name, command).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise UserError(f"{name} is not JSON ({e}): run `qalign {command}` again") from None
+        raise UserError(f"{name} is not JSON ({e}): go on with stage {command}: qalign run --resume") from None
     if missing := [k for k in keys if not isinstance(found, dict) or k not in found]:
-        raise UserError(f"{name} has no {missing[0]!r}: run `qalign {command}` again")
+        raise UserError(f"{name} has no {missing[0]!r}: go on with stage {command}: qalign run --resume")
     return found
 
 
 def _steps(rows: Sequence[dict[str, Any]], stage: str) -> list[dict[str, Any]]:
     by_step = {r["step"]: r for r in rows if r.get("stage") == stage}
     if not by_step:
-        raise UserError(f"no {stage} rows in metrics.jsonl: run `qalign {stage}` first")
+        raise UserError(f"no {stage} rows in metrics.jsonl: go on with stage {stage}: qalign run --resume")
     return [by_step[step] for step in sorted(by_step)]
 
 # %% ../nbs/15_report.ipynb #13678cf7
@@ -184,8 +184,11 @@ def _reward(records: Records, path: Path) -> None:
 def _principles(records: Records, path: Path) -> None:
     rows = records.grpo
     names = list(dict.fromkeys(k.split("/", 1)[1] for r in rows for k in r if k.startswith(("draft/", "revision/"))))
-    if not names:
-        raise UserError("no principle scores in the grpo rows of metrics.jsonl: run `qalign grpo` again")
+    if not names:  # every transcript was a format failure, and none was judged
+        with _canvas(path) as (fig, axes):
+            axes[0].set_axis_off()
+            fig.suptitle("No rollout had the form of a transcript: no principle was scored")
+        return
     moves = {p: trend(_floats(rows, f"revision/{p}")) for p in names}
     gains = {p: t.last - t.first for p, t in moves.items() if t.n > 1 and t.first is not None and t.last is not None}
     with _canvas(path, len(names), sharey=True) as (fig, axes):
@@ -316,7 +319,7 @@ def _panel(ax: Any, questions: Sequence[Mapping[str, Any]], title: str) -> Any:
 def _heatmap(records: Records, path: Path) -> None:
     questions = records.heatmap["questions"]
     if not questions:
-        raise UserError("no questions in eval/heatmap.json: run `qalign evaluate` again")
+        raise UserError("no questions in eval/heatmap.json: go on with stage evaluate: qalign run --resume")
     names = list(dict.fromkeys(q["principle"] for q in questions))
     moves = [_value(q.get("revision")) - _value(q.get("draft")) for q in questions]
     up, down = sum(m > 1e-9 for m in moves), sum(m < -1e-9 for m in moves)

@@ -120,6 +120,8 @@ def test_clear_removes_what_a_stage_left(tmp_path):
 
 def test_help_lists_the_commands():
     out = subprocess.run([sys.executable, "-m", "qalign.cli", "--help"], capture_output=True, text=True, check=False)
-    command = subprocess.run(["qalign", "--help"], capture_output=True, text=True, check=False)
+    command = subprocess.run(
+        [Path(sys.executable).with_name("qalign"), "--help"], capture_output=True, text=True, check=False
+    )
     assert command.returncode == 0 and all(f"  {c}" in command.stdout for c in ("demo", "run", "doctor", "rubric"))
     assert out.returncode == 0
