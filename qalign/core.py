@@ -126,7 +126,6 @@ class Settings:
     prompt_tokens: int = _key("longest prompt, tokens, chat template included; longer ones are refused", 8, 1_000_000)
     completion_tokens: int = _key("longest completion, tokens", 8, 1_000_000)
     micro_batch: int = _key("completions per forward and backward pass", 1, 4096)
-    save_every: int = _key("GRPO steps between checkpoints", 1, 1_000_000)
     eval_harmful: int = _key("held-out harmful prompts evaluated", 1, 1_000_000)
     eval_benign: int = _key("held-out benign prompts evaluated", 1, 1_000_000)
     eval_temperature: float = _key("sampling temperature of evaluation; 0 = greedy", 0, 10)

@@ -216,3 +216,5 @@ def test_linear_time(kind):
 
     assert seconds(10_000) < 0.1  # a quadratic reader fails here, before the long texts
     assert seconds(1_000_000) < 1
+    # ten times the text; quadratic would be a hundred times (the floor keeps the clock's noise out)
+    assert seconds(1_000_000) < 40 * max(seconds(100_000), 0.02)
