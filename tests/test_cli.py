@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from qalign import cli, pipeline
-from qalign.core import UserError, load_settings
+from qalign.core import UserError, data_path, load_settings
+from qalign.rubric import load_rubric
 
 
 def call(monkeypatch, capsys, *args):
@@ -125,3 +126,63 @@ def test_help_lists_the_commands():
     )
     assert command.returncode == 0 and all(f"  {c}" in command.stdout for c in ("demo", "run", "doctor", "rubric"))
     assert out.returncode == 0
+
+
+# Rubric commands
+
+
+def run(*args):
+    "The command line as a process of its own."
+    code = "from qalign.cli import main; main()"
+    return subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, timeout=120)
+
+
+def test_rubric_commands_read_compare_and_check(tmp_path):
+    for command in (["stats"], ["lint"], ["diff", "hhh", "hhh"]):
+        done = run("rubric", *command)
+        assert done.returncode == 0, done.stderr
+    assert "167" in run("rubric", "stats").stdout
+    (tmp_path / "worse.yaml").write_text(
+        data_path("rubric", "hhh.yaml").read_text().replace("free of insults", "good and nice").replace("version:", "#")
+    )
+    done = run("rubric", "lint", str(tmp_path / "worse.yaml"))
+    assert done.returncode == 1 and "harm.emotional.g1" in done.stdout
+    done = run("rubric", "diff", "hhh", str(tmp_path / "worse.yaml"))
+    assert done.returncode == 0 and "harm.emotional.g1" in done.stdout
+    done = run("rubric", "freeze", str(tmp_path / "worse.yaml"), str(tmp_path / "frozen.yaml"))
+    assert done.returncode == 2 and "mend it or add a waiver" in done.stderr and not (tmp_path / "frozen.yaml").exists()
+
+
+@pytest.mark.parametrize("other", ["autorubric", "verifiers"])
+def test_rubric_travels_and_comes_back(tmp_path, other):
+    path, back = tmp_path / f"{other}.json", tmp_path / "back.yaml"
+    done = run("rubric", "export", "hhh", str(path), "--to", other)
+    assert done.returncode == 0 and "not held: gates" in done.stdout
+    done = run("rubric", "import", str(path), str(back))
+    assert done.returncode == 0, done.stderr
+    done = run("rubric", "diff", "hhh", str(back))
+    assert done.returncode == 0 and "harm.request.g1" not in done.stdout
+    assert load_rubric(back).version == load_rubric("hhh").version
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: x\nprinciples: [", "not readable as YAML"),
+        ("name: !!python/object/apply:os.system ['true']\n", "YAML tag"),
+        ("x" * 10_000_000, "larger than 5 MB"),
+        ("", "is empty"),
+    ],
+)
+def test_bad_rubrics_are_one_line(tmp_path, text, message):
+    (tmp_path / "bad.yaml").write_text(text)
+    for command in ("show", "lint", "stats", "test"):
+        done = run("rubric", command, str(tmp_path / "bad.yaml"))
+        assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_rubric_test_wants_known_cases_and_engine(tmp_path):
+    done = run("rubric", "test", "--fixtures", "nowhere")
+    assert done.returncode == 2 and "no fixtures nowhere" in done.stderr
+    done = run("rubric", "test", "--engine", "nonsense", "--out", str(tmp_path / "card"))
+    assert done.returncode == 2 and "expected a model" in done.stderr and not (tmp_path / "card").exists()

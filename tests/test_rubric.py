@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import warnings
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -23,13 +24,15 @@ from qalign.rubric import (
     Principle,
     Question,
     Rubric,
-    counts,
+    Waiver,
     diff,
-    lint,
     load_rubric,
     save_rubric,
     select,
     show,
+    show_diff,
+    stats,
+    sunburst,
     validate,
 )
 
@@ -48,7 +51,8 @@ DIMENSIONS = {
     "Transparency · Avoidance of Misleading · Consistency · Impartiality · Source Reliability · Knowledge Boundaries · "
     "Historical Claims · Real-Time Information · Acknowledgement of Errors",
 }
-OPENINGS = {"gate": ("Does ", "Is ", "If "), "graded": ("How ", "To what degree ", "If ", "Where ", "When ")}
+CONDITIONS = ("If ", "Where ", "When ")
+OPENINGS = {"gate": ("Does ", "Is ", *CONDITIONS), "graded": ("How ", "To what degree ", *CONDITIONS)}
 CHECKED = settings(derandomize=True, max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
@@ -66,10 +70,11 @@ def fails(f, *args, **kwargs) -> str:
 
 
 def test_counts_and_names_are_the_papers():
-    assert [tuple(row.values()) for row in counts(HHH)] == [
-        ("harmlessness", 14, 16, 47),
-        ("helpfulness", 13, 13, 39),
-        ("honesty", 13, 13, 39),
+    assert [tuple(row.values())[:5] for row in stats(HHH)] == [
+        ("harmlessness", 14, 16, 47, 63),
+        ("helpfulness", 13, 13, 39, 52),
+        ("honesty", 13, 13, 39, 52),
+        ("total", 40, 42, 125, 167),
     ]
     assert (len(HHH.dimensions), len(HHH.gates), len(HHH.graded), len(HHH.questions)) == (40, 42, 125, 167)
     for p in HHH.principles:
@@ -113,7 +118,6 @@ def test_questions_are_short_and_well_formed():
             assert q.kind == "gate" or "how " in q.text.casefold() or q.text.startswith("To what degree "), q
             assert not any(w in q.text.casefold() for w in ("how long", "how short", "how much text")), q
     assert sum(len(q.text.split()) for q in HHH.questions) / len(HHH.questions) <= 14  # the judge pays by the token
-    assert lint(HHH) == []
 
 
 def test_no_two_questions_are_nearly_the_same():
@@ -123,8 +127,8 @@ def test_no_two_questions_are_nearly_the_same():
 
 
 def test_the_shipped_file_is_its_own_round_trip(tmp_path):
-    save_rubric(HHH, tmp_path / "hhh.yaml")
-    text = data_path("rubric", "hhh.yaml").read_text()
+    save_rubric(HHH, tmp_path / "hhh.yaml", seal=True)
+    text = data_path("rubric", "hhh.yaml").read_text().replace(f"'{HHH.version}'", HHH.version)
     head = [line for line in text.splitlines(keepends=True) if line.startswith("#")]
     assert text == "".join(head) + (tmp_path / "hhh.yaml").read_text()
     assert load_rubric(tmp_path / "hhh.yaml") == HHH == load_rubric("hhh")
@@ -155,7 +159,11 @@ def rubrics(draw) -> Rubric:
 
     principles = tuple(Principle(next(names), tuple(dimension(g, k) for g, k in p)) for p in shape)
     cap = draw(st.sampled_from(["", *(p.name for p in principles)]))
-    return validate(Rubric(draw(LINE), principles, cap, draw(FREE), draw(FREE)))
+    dimensions = [d for p in principles for d in p.dimensions]
+    known = [x for d in dimensions for x in (d.name, *(q.id for q in d.questions))]
+    pairs = draw(st.lists(st.tuples(st.sampled_from(known), LINE), max_size=3, unique_by=lambda x: f"{x[0]}: {x[1]}"))
+    waivers = tuple(Waiver(i, rule, draw(LINE)) for i, rule in pairs)
+    return validate(Rubric(draw(LINE), principles, cap, draw(FREE), draw(FREE), waivers))
 
 
 @CHECKED
@@ -173,7 +181,7 @@ def test_round_trip_is_byte_for_byte(rubric, loader):
 @CHECKED
 @given(rubrics(), rubrics())
 def test_diff_is_empty_when_versions_agree_and_only_then(a, b):
-    assert diff(a, replace(a, name="x", description="y", provenance="z")) == []
+    assert diff(a, replace(a, name="x", description="y", provenance="z", waivers=())) == []
     assert (diff(a, b) == []) == (a.version == b.version)
     backwards = replace(a, principles=a.principles[::-1])
     assert (diff(a, backwards) == []) == (a.version == backwards.version)
@@ -182,7 +190,7 @@ def test_diff_is_empty_when_versions_agree_and_only_then(a, b):
 @CHECKED
 @given(rubrics(), st.data())
 def test_version_follows_content_alone(rubric, data):
-    same = replace(rubric, name="other", description="other", provenance="other")
+    same = replace(rubric, name="other", description="other", provenance="other", waivers=())
     assert same.version == rubric.version and len(rubric.version) == 16
     p = data.draw(st.integers(0, len(rubric.principles) - 1))
     d = data.draw(st.integers(0, len(rubric.principles[p].dimensions) - 1))
@@ -267,6 +275,25 @@ EDITS = [
     ("name: tiny\n", "", "missing key 'name' in a rubric"),
     ("name: tiny", "name: ''", "the name of the rubric is empty"),
     ("description: two dimensions", "description: 3", "expected text for description"),
+    (LAST, LAST + "\nwaivers: vague", "line 17: expected a list of waivers, got 'vague'"),
+    (LAST, LAST + "\nwaivers:", "expected a list of waivers, got ''"),
+    (LAST, LAST + "\nwaivers: {f.q1: vague}", "expected a list of waivers, got a mapping"),
+    (LAST, LAST + "\nwaivers: [f.q1]", "line 17: expected a waiver with the keys id, rule, reason, got 'f.q1'"),
+    (LAST, LAST + "\nwaivers:\n- {id: f.q1, rule: vague}", "line 18: missing key 'reason' in a waiver"),
+    (LAST, LAST + "\nwaivers:\n- {id: f.q1, rule: vague, why: x}", "line 18: unknown key 'why' in a waiver"),
+    (LAST, LAST + "\nwaivers:\n- {id: f.q1, rule: vague, reason: yes}", "expected text for reason"),
+    (LAST, LAST + "\nwaivers:\n- {id: f.q1, rule: vague, reason: ''}", "the reason of the waiver of 'f.q1' is empty"),
+    (
+        LAST,
+        LAST + '\nwaivers:\n- {id: f.q1, rule: vague, reason: "a\\nb"}',
+        "waiver of 'f.q1' must be one line",
+    ),
+    (
+        LAST,
+        LAST + "\nwaivers:\n- {id: f.q2, rule: vague, reason: x}",
+        "names no question or dimension: did you mean",
+    ),
+    (LAST, LAST + "\nwaivers:" + "\n- {id: Fit, rule: vague, reason: x}" * 2, "duplicate waiver 'Fit: vague'"),
     (LAST, "      []", "dimension 'Fit' has no questions"),
     (LAST, "    - f.q1", "line 16: expected a question with the keys"),
     (LAST, "", "expected a list of questions"),
@@ -329,8 +356,9 @@ def test_broken_file_is_one_line(tmp_path, monkeypatch, loader, kind):
 
 def test_large_file_is_refused_unparsed(tmp_path, monkeypatch):
     monkeypatch.setattr(yaml, "parse", lambda *a, **k: pytest.fail("parsed"))
-    (tmp_path / "big.yaml").write_bytes(b"a" * 5_000_001)
-    assert "larger than 5 MB" in fails(load_rubric, tmp_path / "big.yaml")
+    for size in (5_000_001, 10_000_000):
+        (tmp_path / "big.yaml").write_bytes(b"a" * size)
+        assert "'big.yaml' is larger than 5 MB" in fails(load_rubric, tmp_path / "big.yaml")
 
 
 def test_a_tag_runs_nothing(tmp_path):
@@ -378,6 +406,14 @@ def test_any_mutated_file_is_valid_or_one_line(data):
             validate(load_rubric(path))
         except UserError as e:
             assert len(str(e).splitlines()) == 1
+
+
+def test_hhh_cut_short_says_so(tmp_path):
+    path, whole = tmp_path / "hhh.yaml", data_path("rubric", "hhh.yaml").read_bytes()
+    for share in (0.3, 0.5, 0.9):
+        path.write_bytes(whole[: whole.rindex(b"kind:", 0, int(share * len(whole)))])
+        message = fails(load_rubric, path)
+        assert message.startswith("hhh.yaml, line ") and "cut short" in message
 
 
 def test_a_byte_order_mark_and_windows_line_ends_are_read(tmp_path):
@@ -429,6 +465,12 @@ def test_validate_checks_the_head():
     fails(validate, replace(good, cap=[]))
     fails(validate, replace(good, name=""))
     fails(validate, replace(good, description=None))
+    assert "tuple of Waiver" in fails(validate, replace(good, waivers=[Waiver("a.q1", "vague", "x")]))
+    assert "tuple of Waiver" in fails(validate, replace(good, waivers=("a.q1",)))
+    assert "the id of a waiver" in fails(validate, replace(good, waivers=(Waiver(None, "vague", "x"),)))
+    assert "the rule of the waiver of 'd'" in fails(validate, replace(good, waivers=(Waiver("d", "", "x"),)))
+    assert "take it out" in fails(validate, replace(good, waivers=(Waiver("zzz", "vague", "x"),)))
+    assert validate(replace(good, waivers=(Waiver("d", "vague", "x"), Waiver("d", "duplicate", "x"))))
     assert validate(replace(good, description="two\n\tlines"))
     for bad in ("\ud800", "\x85", "\u2028", "\r", "\0"):
         assert "control character" in fails(validate, replace(good, provenance=bad))
@@ -463,6 +505,8 @@ def test_select_keeps_order_and_is_idempotent(rubric, data):
     assert part.cap == (rubric.cap if rubric.cap in {p.name for p in part.principles} else "")
     assert k is None or all(len(p.dimensions) <= k for p in part.principles)
     assert n is None or all(len(d.gates) <= n[0] and len(d.graded) <= n[1] for d in part.dimensions)
+    left = {*kept, *(d.name for d in part.dimensions)}
+    assert part.waivers == tuple(w for w in rubric.waivers if w.id in left)
     assert select(part, None, k, n) == part
     if chosen is None and k is None and n is None:
         assert part == rubric
@@ -544,36 +588,133 @@ def test_show_prints_every_question_and_reads_no_markup():
     assert "[bold]x" in out.getvalue() and "[/]" in out.getvalue()
 
 
-def test_lint_finds_each_fault_once():
-    long = Question("d.q1", "graded", "How " + "very " * 30 + "well?")
-    bad = Question("d.q2", "graded", "Rate it for depth")
-    pair = tuple(Question(f"d.q{i}", "graded", f"How good is {it} reply?") for i, it in ((3, "this"), (4, "the")))
-    rubric = Rubric("x", (Principle("p", (Dimension("Depth", (long, bad, *pair)),)),), cap="")
-    assert [(r["id"], r["problem"].split()[0]) for r in lint(rubric)] == [
-        ("d.q1", "32"),
-        ("d.q2", "does"),
-        ("d.q2", "names"),
-        ("d.q4", "nearly"),
-    ]
-    assert [r["id"] for r in lint(rubric, max_words=40, max_similarity=1)] == ["d.q2", "d.q2"]
+def test_a_rubric_without_waivers_leaves_the_key_out(tmp_path):
+    save_rubric(replace(HHH, waivers=()), tmp_path / "a.yaml")
+    assert "waivers" not in (tmp_path / "a.yaml").read_text()
+    one = replace(HHH, waivers=(Waiver("Depth", "missing-gate", "no"),))
+    save_rubric(one, tmp_path / "b.yaml")
+    assert (tmp_path / "b.yaml").read_text().endswith("waivers:\n- {id: Depth, rule: missing-gate, reason: 'no'}\n")
+    assert load_rubric(tmp_path / "b.yaml") == one and one.version == HHH.version
+    (tmp_path / "c.yaml").write_text(GOOD + "waivers: []\n")
+    assert load_rubric(tmp_path / "c.yaml").waivers == ()
+
+
+def test_stats_add_up():
+    *rows, total = stats(HHH)
+    for key in ("dimensions", "gates", "graded", "questions"):
+        assert total[key] == sum(row[key] for row in rows)
+    words = [len(q.text.split()) for q in HHH.questions]
+    assert total["mean_words"] == round(sum(words) / len(words), 1) and total["max_words"] == max(words)
+    opens = [q for q in HHH.questions if q.text.split()[0] in ("If", "Where", "When")]
+    assert total["conditional"] == round(len(opens) / 167, 3)
+    assert (total["fewest"], total["most"]) == (4, 6) and len({tuple(row) for row in stats(HHH)}) == 1
+
+
+@settings(derandomize=True, max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(rubrics())
+def test_any_rubric_has_stats_and_a_picture(rubric):
+    *rows, total = stats(rubric)
+    assert len(rows) == len(rubric.principles) and total["questions"] == len(rubric.questions)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # letters that the font lacks
+        sunburst(rubric).savefig(io.BytesIO(), dpi=20)
+
+
+def test_sunburst_has_a_tile_for_everything_and_names_every_dimension():
+    figure = sunburst(HHH)
+    (ax,) = figure.axes
+    assert tuple(figure.get_size_inches()) == (6, 6) and len(ax.patches) == 3 + 40 + 167
+    texts = [" ".join(t.get_text().split()) for t in ax.texts]
+    assert sorted(texts) == sorted([p.name for p in HHH.principles] + [d.name for d in HHH.dimensions])
+    tiles = [p for p in ax.patches if p.get_y() > 2.5]
+    dark = [p for p in tiles if sum(p.get_facecolor()[:3]) < 1.5]
+    assert (len(tiles), len(dark)) == (167, 42) and min(t.get_fontsize() for t in ax.texts) >= 5
+
+
+# Differences
+
+D = Dimension("d", (Q, Question("a.q2", "graded", "How apt?"), Question("a.q3", "graded", "How new?")))
+E = Dimension("e", (Question("e.q1", "graded", "How calm?"),))
+OLD = Rubric("x", (Principle("p", (D,)), Principle("r", (E,))), cap="p")
+
+
+def changes(*principles: Principle) -> list[tuple[str, ...]]:
+    return [(r["id"], r["field"], r["before"], r["after"]) for r in diff(OLD, replace(OLD, principles=principles))]
 
 
 def test_diff_names_every_change():
-    d = Dimension("d", (Q, Question("a.q2", "graded", "How good?")))
-    old = Rubric("x", (Principle("p", (d,)), Principle("r", (Dimension("e", (replace(Q, id="e.q1"),)),))), cap="p")
-    text = replace(d, questions=(replace(Q, text="How?"), d.questions[1]))
-    gone = replace(d, questions=(Q, replace(Q, id="a.q3")))
-    swapped = replace(d, questions=d.questions[::-1])
+    r = OLD.principles[1]
+    said = replace(D, questions=(replace(Q, text="How?"), *D.questions[1:]))
+    assert changes(Principle("p", (D,)), r) == []
+    assert changes(Principle("p", (said,)), r) == [("a.q1", "text", "How well?", "How?")]
+    kinds = replace(D, questions=(replace(Q, kind="gate"), *D.questions[1:]))
+    assert changes(Principle("p", (kinds,)), r) == [("a.q1", "kind", "graded", "gate")]
+    new = replace(D, questions=(*D.questions[:2], Question("a.q4", "graded", "How odd?")))
+    assert changes(Principle("p", (new,)), r) == [
+        ("a.q4", "added", "", "How odd?"),
+        ("a.q3", "removed", "How new?", ""),
+    ]
+    assert [r["field"] for r in diff(OLD, replace(OLD, cap=""))] == ["cap"]
 
-    def changed(dimension: Dimension) -> list[tuple[str, str]]:
-        new = replace(old, principles=(Principle("p", (dimension,)), old.principles[1]))
-        return [(r["id"], r["field"]) for r in diff(old, new)]
 
-    assert changed(d) == [] and changed(text) == [("a.q1", "text")]
-    assert changed(gone) == [("a.q2", "removed"), ("a.q3", "added")]
-    assert changed(swapped) == [("a.q2", "order")]
-    assert changed(replace(d, name="f")) == [("a.q1", "dimension"), ("a.q2", "dimension")]
-    assert [r["field"] for r in diff(old, replace(old, cap=""))] == ["cap"]
+def test_diff_reads_a_move_as_one_move():
+    q1, q2, q3 = D.questions
+    r = OLD.principles[1]
+    assert changes(Principle("p", (replace(D, questions=(q2, q3, q1)),)), r) == [
+        ("a.q1", "order", "first", "after a.q3")
+    ]
+    moved = (
+        Principle("p", (replace(D, questions=(q1, q2)),)),
+        Principle("r", (replace(E, questions=(q3, *E.questions)),)),
+    )
+    assert changes(*moved) == [("a.q3", "dimension", "d", "e")]
+    assert changes(Principle("p", (replace(D, name="f"),)), r) == [("d", "name", "d", "f")]
+    assert changes(Principle("p", (replace(D, name="f", questions=(q1, q3)),)), r) == [
+        ("d", "name", "d", "f"),
+        ("a.q2", "removed", "How apt?", ""),
+    ]
+    assert changes(Principle("s", (D,)), r) == [("p", "name", "p", "s")]
+    assert changes(Principle("p", (D, E))) == [("e", "principle", "r", "p")]
+    assert changes(r, Principle("p", (D,))) == [("r", "order", "after p", "first")]
+    assert {r["where"] for r in diff(HHH, replace(HHH, principles=HHH.principles[::-1]))} == {"principles"}
+
+
+def printed(old: Rubric, new: Rubric, **console) -> str:
+    out = io.StringIO()
+    show_diff(old, new, Console(file=out, **console))
+    return out.getvalue()
+
+
+def test_show_diff_marks_words():
+    text = "How [/] well does it keep to [b]both[/b] conditions?"
+    a = replace(OLD, principles=(Principle("p", (replace(D, questions=(replace(Q, text=text),)),)),))
+    b = replace(
+        a, principles=(Principle("p", (replace(D, questions=(replace(Q, text=text.replace("both", "its")),)),)),)
+    )
+    plain = printed(a, b, width=40)
+    assert (
+        "  ~ a.q1  How [/] well does it keep to [b][-both-]{+its+}[/b] conditions?\n" in plain and "\x1b" not in plain
+    )
+    assert plain.splitlines()[0] == f"x {a.version} → x {b.version}: 1 change" and "p / d" in plain
+    colour = printed(a, b, width=200, force_terminal=True, color_system="standard")
+    assert "\x1b[1;32mits" in colour and "\x1b[9;31mboth" in colour and "{+" not in colour
+    assert printed(a, a).splitlines() == [f"x {a.version} → x {a.version}: 0 changes"]
+    assert "cap: p → none" in printed(a, replace(a, cap=""))
+
+
+@CHECKED
+@given(rubrics(), rubrics())
+def test_show_diff_prints_every_row(a, b):
+    rows, text = diff(a, b), printed(a, b, width=50)
+    assert len(text.splitlines()) == 1 + len(rows) + len({row["where"] for row in rows})
+
+
+@CHECKED
+@given(LINE, LINE)
+def test_marks_hold_both_texts(before, after):
+    marks = room._marks(before, after)
+    assert "".join(t for sign, t in marks if sign != "+") == before
+    assert "".join(t for sign, t in marks if sign != "-").split() == after.split()
 
 
 def test_import_loads_nothing_heavy():
