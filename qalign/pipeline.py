@@ -15,7 +15,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -311,7 +311,8 @@ class Run:
         records = read_jsonl(self.folder.path / "records.jsonl")
         prompt, trace = found[0] if found else next((r["prompt"], Record(**r)) for r in records)
         rubric = self.plan.rubric
-        cards = self.policy.judge(rubric).score(prompt, [trace.draft, trace.revision])
+        judge = replace(self.policy.judge(rubric), gates_first=False)  # every question is drawn
+        cards = judge.score(prompt, [trace.draft, trace.revision])
         answers = [{v.question_id: {"label": v.label, "probs": v.probs} for v in c.verdicts} for c in cards]
         questions = [
             {"id": q.id, "principle": p.name, "dimension": d.name, "kind": q.kind, "text": q.text}

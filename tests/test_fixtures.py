@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qalign.core import UserError, read_jsonl
-from qalign.engine import HFEngine, Segment, Usage
+from qalign.engine import Answer, HFEngine, Segment, Usage
 from qalign.fixtures import (
     Fixture,
     answer_fixtures,
@@ -50,7 +50,8 @@ class Stub:
         suffixes: Sequence[str],
         labels: Sequence[Sequence[str]],
         chunk: int = 12,
-    ) -> list[list[dict[str, float]]]:
+        after: Sequence[Sequence[int]] | None = None,
+    ) -> list[list[Answer]]:
         self.asked += len(prefixes) * len(suffixes)
         self.tokens_read = [1] * len(prefixes)
         out = []

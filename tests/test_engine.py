@@ -1,0 +1,568 @@
+"The engine in this process: shared prefixes give what each gives alone, nothing of a training step is touched."
+
+import contextlib
+import json
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from qalign.engine import Answer, EngineError, HFEngine, Segment, failed, load_engine, load_model
+from qalign.judge import LABELS, SYSTEM, Judge, judge_prefix, judge_suffix, reply_schema
+from qalign.rubric import Question, load_rubric, select
+
+torch = pytest.importorskip("torch")
+
+QUICK = settings(derandomize=True, deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
+TOLERANCE = 1e-5
+QUESTIONS = (
+    Question("g", "gate", "Is the response polite?"),
+    Question("q", "graded", "Is it correct?"),
+    Question("h", "gate", "Does it answer in the language of the request, and in that language alone?"),
+    Question("r", "graded", "Is it short?"),
+    Question("i", "gate", "Does it refuse?"),
+)
+# labels of several tokens, and such that begin alike
+GATED = ("TRAIT", "FALSE")  # three tokens each, so that a random model says either
+ODD = (("yes", "no"), ("TRUE", "FALSE", "NA"), ("not at all", "not quite", "notable", "A"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    "Small matrices on busy cores: threads would only wait for each other."
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def hf() -> HFEngine:
+    return load_engine("smollm2", "fp32")
+
+
+def save_tiny(folder: Path, tokenizer: Any, seed: int) -> str:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        num_key_value_heads=2,
+        initializer_range=0.3,  # weights this large make labels differ
+        attention_dropout=0.1,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        **sizes,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def folder(hf: HFEngine, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_tiny(tmp_path_factory.mktemp("tiny"), hf.tokenizer, 0)
+
+
+@pytest.fixture
+def tiny(folder: str) -> HFEngine:
+    "A random Llama of two layers with the embedded model's tokenizer, fresh for each test."
+    return HFEngine(*load_model(folder, "fp32"), spec=f"hf:{folder}")
+
+
+@pytest.fixture(scope="module")
+def shared_tiny(folder: str) -> HFEngine:
+    return HFEngine(*load_model(folder, "fp32"), spec=f"hf:{folder}")
+
+
+@pytest.fixture
+def lora(tiny: HFEngine) -> HFEngine:
+    "The tiny model with a LoRA whose effect is large, in training."
+    from peft import LoraConfig, get_peft_model
+
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        config = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules=["q_proj", "v_proj"])
+        model: Any = get_peft_model(tiny.model, config)
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(p, std=1.0)
+    return HFEngine(model, tiny.tokenizer, tiny.spec)
+
+
+def distance(a: Sequence[Sequence[Answer]], b: Sequence[Sequence[Answer]]) -> float:
+    "The largest difference of two probabilities; infinite where one side is not asked."
+    gap = 0.0
+    for x, y in zip(a, b, strict=True):
+        for one, two in zip(x, y, strict=True):
+            if not (isinstance(one, dict) and isinstance(two, dict)):
+                gap = max(gap, 0.0 if one is two is None else float("inf"))
+                continue
+            assert list(one) == list(two) and abs(sum(one.values()) - 1) < 1e-9
+            gap = max(gap, *(abs(one[k] - two[k]) for k in one))
+    return gap
+
+
+@contextlib.contextmanager
+def counted(engine: HFEngine) -> Iterator[list[int]]:
+    "Per forward pass: tokens that are no padding."
+    counts: list[int] = []
+
+    def count(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
+        own = mask[:, -ids.shape[1] :] if mask is not None and mask.dim() == 2 else torch.ones_like(ids)
+        counts.append(int(own.sum()))
+
+    handle = engine.model.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        yield counts
+    finally:
+        handle.remove()
+
+
+def plain(engine: HFEngine, prefix: Sequence[Segment], suffix: str, labels: Sequence[str]) -> dict[str, float]:
+    "Label probabilities with none of the machinery: one whole sequence per label."
+    head = engine.tokens(prefix) + engine.tokens([(suffix, True)])
+    logps = []
+    with torch.no_grad():
+        for label in labels:
+            own = engine.tokens([(label, True)])
+            logits = engine.model(input_ids=torch.tensor([head + own])).logits[0].float().log_softmax(-1)
+            logps.append(sum(logits[len(head) - 1 + i, t].item() for i, t in enumerate(own)))
+    weights = torch.tensor(logps, dtype=torch.float64).softmax(-1).tolist()
+    return dict(zip(labels, weights, strict=True))
+
+
+def asked(engine: HFEngine, pairs: Sequence[tuple[str, str]]) -> tuple[list, list[str], list[Sequence[str]]]:
+    "Prefixes, suffixes and labels as the judge makes them."
+    head, tail = engine.frame(SYSTEM)
+    prefixes = [judge_prefix(head, *pair) for pair in pairs]
+    return prefixes, [judge_suffix(tail, q) for q in QUESTIONS], [LABELS[q.kind] for q in QUESTIONS]
+
+
+LONG = "Rayleigh scattering: short waves are bent more than long ones by the molecules of the air. "
+PAIRS = [
+    ("Why is the sky blue?", LONG + "So it looks blue."),
+    ("Why is the sky blue?", LONG + "So it looks blue at noon and red in the evening."),
+    ("Why is the sky blue?", "No."),
+    ("Name a prime.", "7"),
+    ("Why is the sky blue?", LONG + "So it looks blue."),
+    ("Why is the sky blue?", "No. It is not."),
+]
+
+
+# shared prefixes
+
+
+@pytest.fixture(scope="module")
+def alone(hf: HFEngine) -> list[list[Answer]]:
+    "The answers about each pair, judged by itself, one question at a time."
+    prefixes, suffixes, labels = asked(hf, PAIRS)
+    return [hf.label_probs([p], suffixes, labels, chunk=1)[0] for p in prefixes]
+
+
+def test_alone_is_what_the_plain_model_says(hf: HFEngine, alone: list[list[Answer]]) -> None:
+    prefixes, suffixes, labels = asked(hf, PAIRS)
+    for r, i in ((1, 0), (3, 3)):
+        assert distance([[alone[r][i]]], [[plain(hf, prefixes[r], suffixes[i], labels[i])]]) < TOLERANCE
+    assert distance([alone[0]], [alone[2]]) > 0.01  # the check below would notice rows that change places
+
+
+@pytest.mark.parametrize(("rows", "chunk"), [(1, 5), (2, 1), (8, 12)])
+def test_together_is_alone(hf: HFEngine, alone: list[list[Answer]], rows: int, chunk: int) -> None:
+    prefixes, suffixes, labels = asked(hf, PAIRS)
+    engine = HFEngine(hf.model, hf.tokenizer, rows=rows)
+    with counted(engine) as counts:
+        together = engine.label_probs(prefixes, suffixes, labels, chunk=chunk)
+    assert distance(together, alone) < TOLERANCE
+    whole = sum(len(hf.tokens(p)) for p in prefixes)
+    branches = len(prefixes) * sum(len(hf.tokens([(s, True)])) for s in suffixes)
+    assert sum(counts) < 0.7 * (whole + branches)  # what they share is read once
+
+
+def text(ids: Sequence[int]) -> list[Segment]:
+    "A prefix of one-letter words; each is one token."
+    return [("".join(f" {'abcdefgh'[i]}" for i in ids), True)] if ids else []
+
+
+def words(hf: HFEngine, rng: random.Random, n: int) -> list[Segment]:
+    return text([rng.randrange(8) for _ in range(n)])
+
+
+@st.composite
+def families(draw: st.DrawFn) -> list[list[int]]:
+    "Prefixes that begin with pieces of a few stems: equal, nested, or strangers; the shortest have one token."
+    rng = random.Random(draw(st.integers(0, 10**6)))
+    stems = [[rng.randrange(8) for _ in range(draw(st.integers(1, 60)))] for _ in range(draw(st.integers(1, 3)))]
+    out = []
+    for _ in range(draw(st.integers(1, 7))):
+        stem = draw(st.sampled_from(stems))
+        own = draw(st.lists(st.integers(0, 7), max_size=30))
+        out.append((stem[: draw(st.integers(0, len(stem)))] + own) or [0])
+    return out
+
+
+@QUICK
+@given(families(), st.sampled_from([1, 2, 3, 8]), st.sampled_from([1, 2, 5, 12]), st.integers(1, 6))
+def test_any_family_of_prefixes(shared_tiny: HFEngine, family: list[list[int]], rows: int, chunk: int, n: int) -> None:
+    suffixes = [f" question {i}{'?' * i} answer" for i in range(n)]
+    labels = [ODD[i % len(ODD)] for i in range(n)]
+    prefixes = [text(ids) for ids in family]
+    assert [len(shared_tiny.tokens(p)) for p in prefixes] == [len(ids) for ids in family]
+    engine = HFEngine(shared_tiny.model, shared_tiny.tokenizer, rows=rows)
+    with counted(engine) as counts:
+        together = engine.label_probs(prefixes, suffixes, labels, chunk=chunk)
+    each = [shared_tiny.label_probs([p], suffixes, labels, chunk=1)[0] for p in prefixes]
+    assert distance(together, each) < TOLERANCE
+    assert len(engine.tokens_read) == len(prefixes) and sum(engine.tokens_read) == sum(counts)
+    order = list(reversed(range(len(prefixes))))
+    again = engine.label_probs([prefixes[i] for i in order], suffixes, labels, chunk=chunk)
+    assert distance(again, [together[i] for i in order]) < TOLERANCE
+
+
+def test_labels_of_several_tokens_are_exact(shared_tiny: HFEngine) -> None:
+    rng = random.Random(0)
+    for labels in ODD:
+        assert len(set(map(len, map(shared_tiny.tokens, [[(x, True)] for x in labels])))) >= 1
+        prefixes = [words(shared_tiny, rng, n) for n in (1, 7, 40)]
+        got = shared_tiny.label_probs(prefixes, [" so:"], [labels])
+        want = [[plain(shared_tiny, p, " so:", labels)] for p in prefixes]
+        assert distance(got, want) < TOLERANCE
+
+
+def test_labels_that_begin_another_are_refused(shared_tiny: HFEngine) -> None:
+    with pytest.raises(ValueError, match="expected labels of which none begins another"):
+        shared_tiny.label_probs([text([1])], ["?"], [("not", "not at all")])
+
+
+def test_two_orders_of_batching(shared_tiny: HFEngine) -> None:
+    rng = random.Random(3)
+    alike = [rng.randrange(8) for _ in range(80)]
+    by_text = [alike + [k] * m for k, m in ((1, 3), (2, 30), (3, 4), (4, 28))]
+    by_text += [[7 - i for i in x] for x in by_text]  # two prompts with four responses each
+    rng.shuffle(by_text)
+    by_length = [[rng.randrange(8) for _ in range(n)] for n in (3, 90, 5, 85, 4, 95, 6, 88)]
+    saved = {}
+    for name, family in (("text", by_text), ("length", by_length)):
+        prefixes = [text(ids) for ids in family]
+        engine = HFEngine(shared_tiny.model, shared_tiny.tokenizer, rows=4)
+        got = engine.label_probs(prefixes, [" so:", " thus:"], [ODD[0], ODD[2]])
+        saved[name] = sum(map(len, family)) - sum(engine.tokens_read)
+        each = [shared_tiny.label_probs([p], [" so:", " thus:"], [ODD[0], ODD[2]])[0] for p in prefixes]
+        assert distance(got, each) < TOLERANCE
+    assert saved["text"] > 400 > 0 > saved["length"]  # six of eight prompts are not read again
+
+
+def test_nothing_asked(shared_tiny: HFEngine) -> None:
+    assert shared_tiny.label_probs([], [" so:"], [ODD[0]]) == [] == shared_tiny.tokens_read
+    assert shared_tiny.label_probs([text([1, 2])], [], []) == [[]]
+    assert shared_tiny.replies([text([1])], ["?"], [{}], []) == [] == shared_tiny.complete([])
+
+
+# pointless questions
+
+
+@QUICK
+@given(st.lists(st.lists(st.integers(0, 7), min_size=1, max_size=25), min_size=1, max_size=6), st.data())
+def test_after(shared_tiny: HFEngine, family: list[list[int]], data: st.DataObject) -> None:
+    n = data.draw(st.integers(1, 8))
+    gates = [i for i in range(n) if data.draw(st.booleans())]
+    some_gates = st.lists(st.sampled_from(gates), max_size=3) if gates else st.just([])
+    after = [[] if i in gates else data.draw(some_gates) for i in range(n)]
+    suffixes, labels = [f" question {i}{'!' * i} answer" for i in range(n)], [GATED] * n
+    prefixes = [text(ids) for ids in family]
+    engine = HFEngine(shared_tiny.model, shared_tiny.tokenizer, rows=data.draw(st.sampled_from([1, 2, 8])))
+    chunk = data.draw(st.sampled_from([1, 3, 12]))
+    full = engine.label_probs(prefixes, suffixes, labels, chunk=chunk)
+    everything = sum(engine.tokens_read)
+    with counted(engine) as counts:
+        some = engine.label_probs(prefixes, suffixes, labels, chunk=chunk, after=after)
+    assert sum(engine.tokens_read) == sum(counts) <= everything
+    skipped = 0
+    for row, whole in zip(some, full, strict=True):
+        for i, answer in enumerate(row):
+            pointless = any(failed(whole[g]) for g in after[i])
+            assert (answer is None) == pointless
+            skipped += pointless
+            assert pointless or distance([[answer]], [[whole[i]]]) < TOLERANCE
+    assert (sum(counts) < everything) == (skipped > 0)
+
+
+def test_after_meets_both_kinds_of_gate(shared_tiny: HFEngine) -> None:
+    "The draws above are no good if no gate ever fails, or every gate does."
+    prefixes = [text([i, j]) for i in range(8) for j in range(3)]
+    said = shared_tiny.label_probs(prefixes, [f" question {i} answer" for i in range(4)], [GATED] * 4)
+    share = sum(failed(x) for row in said for x in row) / (24 * 4)
+    assert 0.1 < share < 0.9
+
+
+@pytest.mark.parametrize(
+    ("answer", "is_failed"),
+    [
+        ({"TRUE": 0.2, "FALSE": 0.7, "NA": 0.1}, True),
+        ({"TRUE": 0.5, "FALSE": 0.5, "NA": 0.0}, False),
+        ({"TRUE": 0.1, "FALSE": 0.2, "NA": 0.7}, False),
+        ({"A": 1.0, "F": 0.0}, False),
+        (None, False),
+        (EngineError("lost"), False),
+    ],
+)
+def test_failed(answer: Answer, is_failed: bool) -> None:
+    assert failed(answer) is is_failed
+
+
+# what it costs
+
+
+def test_tokens_read_of_the_judge(shared_tiny: HFEngine) -> None:
+    "Per response: what was read for it alone; what several share is told once."
+    tiny = shared_tiny
+    prefixes, suffixes, labels = asked(tiny, PAIRS[:4])
+    for rows in (2, 3):
+        engine = HFEngine(tiny.model, tiny.tokenizer, rows=rows)
+        with counted(engine) as counts:
+            engine.label_probs(prefixes, suffixes[:2], labels[:2])
+        assert sum(engine.tokens_read) == sum(counts) and min(engine.tokens_read) > 0
+    with counted(tiny) as counts:
+        tiny.label_probs(prefixes[3:], suffixes[:2], labels[:2])
+    own = [len(tiny.tokens(prefixes[3])), *(len(tiny.tokens([(s, True)])) for s in suffixes[:2])]
+    assert tiny.tokens_read == [sum(counts)] and sum(own) <= tiny.tokens_read[0] <= sum(own) + 6  # labels of two tokens
+
+
+def test_skipping_is_cheaper_and_scores_the_same(hf: HFEngine) -> None:
+    rubric = select(load_rubric("hhh"), dimensions=1, per_dimension=(1, 1))
+    pairs = [("Why?", "Because of rain."), ("Why?", "No.")]
+    few = Judge(rubric, hf).score_many(pairs)
+    everything = Judge(rubric, hf, gates_first=False).score_many(pairs)
+    assert [c.score for c in few] == [c.score for c in everything]
+    skips = sum(len(rubric.questions) - len(c.verdicts) for c in few)
+    assert skips > 0 and sum(c.tokens for c in few) < sum(c.tokens for c in everything)
+
+
+# a training step is not touched
+
+
+def state_of(model: Any) -> dict[str, Any]:
+    return {
+        "modes": {n: m.training for n, m in model.named_modules()},
+        "flags": {n: p.requires_grad for n, p in model.named_parameters()},
+        "random": torch.get_rng_state().tolist(),
+        "python": random.getstate(),
+        "weights": {n: p.detach().clone() for n, p in model.named_parameters()},
+        "gradients": {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()},
+    }
+
+
+def same_state(a: dict[str, Any], b: dict[str, Any]) -> None:
+    for key in ("modes", "flags", "random", "python"):
+        assert a[key] == b[key], key
+    for key in ("weights", "gradients"):
+        assert all((v is b[key][n] is None) or torch.equal(v, b[key][n]) for n, v in a[key].items()), key
+
+
+CHATS = [[{"role": "user", "content": "Say something."}], [{"role": "user", "content": "And now?"}]]
+SCHEMA = reply_schema(QUESTIONS[0])
+
+
+def work(engine: HFEngine) -> None:
+    "Every kind of call."
+    prefixes, suffixes, labels = asked(engine, PAIRS[:3])
+    engine.label_probs(prefixes, suffixes, labels, after=[[], [0], [], [2], []])
+    engine.replies(prefixes, suffixes[:1], [SCHEMA], [(0, 0), (1, 0)], max_tokens=4)
+    engine.complete(CHATS, max_tokens=3, temperature=1.0, seed=5)
+    engine.complete(CHATS[:1], max_tokens=3, schema=SCHEMA)
+
+
+def loss_of(engine: HFEngine) -> Any:
+    ids = torch.tensor([engine.tokens([("The sky is blue because of the air.", True)])])
+    return engine.model(input_ids=ids, labels=ids).loss
+
+
+@pytest.mark.parametrize("adapter", [True, False])
+def test_a_training_step_is_not_touched(lora: HFEngine, adapter: bool) -> None:
+    lora.model.train()
+    next(iter(lora.model.parameters())).requires_grad_(True)  # a base weight that someone trains as well
+    torch.manual_seed(7)
+    loss_of(lora).backward()
+    undisturbed = [torch.rand(3).tolist(), loss_of(lora).item()]
+    torch.manual_seed(7)
+    lora.model.zero_grad()
+    loss = loss_of(lora)  # dropout draws from the generator here
+    before = state_of(lora.model)
+    work(lora if adapter else lora.base())
+    same_state(before, state_of(lora.model))
+    loss.backward()
+    assert [torch.rand(3).tolist(), loss_of(lora).item()] == undisturbed
+    before = state_of(lora.model)  # now with gradients
+    assert any(g is not None for g in before["gradients"].values())
+    work(lora if adapter else lora.base())
+    same_state(before, state_of(lora.model))
+
+
+def test_modes_of_single_layers_are_put_back(lora: HFEngine) -> None:
+    lora.model.train()
+    lora.model.get_submodule("base_model.model.model.embed_tokens").eval()
+    before = state_of(lora.model)
+    work(lora)
+    same_state(before, state_of(lora.model))
+
+
+def test_an_error_puts_everything_back(lora: HFEngine) -> None:
+    lora.model.train()
+    before = state_of(lora.model)
+
+    def fault(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    handle = lora.model.register_forward_pre_hook(fault, with_kwargs=True)
+    for engine in (lora, lora.base()):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            engine.label_probs([text([1, 2])], [" so:"], [ODD[0]])
+    handle.remove()
+    same_state(before, state_of(lora.model))
+    assert not any(getattr(m, "disable_adapters", False) is True for m in lora.model.modules())
+
+
+def test_adapter_on_and_off(lora: HFEngine, folder: str) -> None:
+    bare = HFEngine(*load_model(folder, "fp32"))
+    prefixes, suffixes, labels = asked(lora, PAIRS[:3])
+    start = bare.label_probs(prefixes, suffixes, labels)
+    with_adapter = lora.label_probs(prefixes, suffixes, labels)
+    assert distance(with_adapter, start) > 0.01
+    assert distance(lora.base().label_probs(prefixes, suffixes, labels), start) < TOLERANCE
+    assert distance(lora.label_probs(prefixes, suffixes, labels), with_adapter) == 0  # and on again
+    said = lora.complete(CHATS, max_tokens=6)
+    assert lora.base().complete(CHATS, max_tokens=6) == bare.complete(CHATS, max_tokens=6) != said
+    assert lora.complete(CHATS, max_tokens=6) == said
+
+
+def test_an_engine_in_evaluation_stays_there(tiny: HFEngine) -> None:
+    tiny.model.eval()
+    before = state_of(tiny.model)
+    work(tiny)
+    same_state(before, state_of(tiny.model))
+
+
+# writing
+
+
+def test_replies_fit_their_schemas_in_the_order_of_jobs(hf: HFEngine) -> None:
+    prefixes, suffixes, _ = asked(hf, [("Name a prime.", "7"), ("Why?", "No.")])
+    schemas = [reply_schema(q) for q in QUESTIONS]
+    for schema in schemas:
+        schema["properties"]["reason"]["maxLength"] = 12
+    jobs = [(1, 3), (0, 0), (1, 3)]
+    before = (hf.usage.requests, hf.usage.prompt_tokens, hf.usage.reply_tokens)
+    said = hf.replies(prefixes, suffixes, schemas, jobs, max_tokens=48)
+    read = [len(hf.tokens(prefixes[r])) + len(hf.tokens([(suffixes[i], True)])) for r, i in jobs]
+    wrote = [len(hf.tokens([(str(x), True)])) for x in said]
+    assert hf.usage.requests - before[0] == 3 and hf.usage.prompt_tokens - before[1] == sum(read)
+    assert min(wrote) * 3 <= hf.usage.reply_tokens - before[2] <= 3 * 48
+    for (_, i), reply in zip(jobs, said, strict=True):
+        row = json.loads(str(reply))
+        assert list(row) == ["reason", "label"] and 1 <= len(row["reason"]) <= 12
+        assert row["label"] in LABELS[QUESTIONS[i].kind]
+    assert said[0] == said[2]
+
+
+def test_replies_of_many_jobs_keep_their_places(shared_tiny: HFEngine) -> None:
+    prefixes = [text([i, i + 1]) for i in range(5)]
+    schemas = [{"type": "object", "properties": {k: {"enum": [0, 1, 2]}}, "required": [k]} for k in "abc"]
+    schemas = [{**s, "additionalProperties": False} for s in schemas]
+    jobs = [(r, i) for r in range(5) for i in range(3)]
+    random.Random(0).shuffle(jobs)
+    engine = HFEngine(shared_tiny.model, shared_tiny.tokenizer, batch=2)
+    said = engine.replies(prefixes, [" x:", " y:", " z:"], schemas, jobs, max_tokens=12)
+    assert [list(json.loads(str(x))) for x in said] == [["abc"[i]] for _, i in jobs]
+    one_by_one = [shared_tiny.replies(prefixes, [" x:", " y:", " z:"], schemas, [j], max_tokens=12)[0] for j in jobs]
+    assert said == one_by_one and len(set(map(str, said))) > 3
+
+
+def test_a_reply_that_is_cut_short_comes_as_it_is(shared_tiny: HFEngine) -> None:
+    [said] = shared_tiny.replies([text([1])], ["?"], [SCHEMA], [(0, 0)], max_tokens=3)
+    assert isinstance(said, str) and said.startswith("{")
+    with pytest.raises(json.JSONDecodeError):
+        json.loads(said)
+
+
+def test_the_same_seed_gives_the_same_replies(tiny: HFEngine) -> None:
+    chats = [[{"role": "user", "content": f"Say {i}."}] for i in range(5)]
+
+    def say(seed: int = 3, temperature: float = 1.0, batch: int = 32) -> list[str]:
+        engine = HFEngine(tiny.model, tiny.tokenizer, batch=batch)
+        return engine.complete(chats, max_tokens=8, temperature=temperature, top_p=0.95, seed=seed)
+
+    first = say()
+    torch.rand(5)  # what the process drew before does not matter
+    assert say() == first and say(seed=4) != first
+    assert say(temperature=0) == say(seed=4, temperature=0) == say(temperature=0, batch=2)
+    tiny.model.train()
+    assert say() == first  # no dropout
+
+
+def test_complete_with_openings_and_schema(hf: HFEngine) -> None:
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+    schema["additionalProperties"] = False
+    before = hf.usage.requests
+    [said] = hf.complete([[{"role": "user", "content": "Name a prime."}]], max_tokens=16, schema=schema)
+    assert isinstance(json.loads(said)["n"], int)
+    [rest] = hf.complete([[{"role": "user", "content": "Count."}]], max_tokens=6, openings=["One, two, three,"])
+    assert not rest.startswith("One") and "four" in rest and hf.usage.requests == before + 2
+
+
+def test_usage_counts_every_reply(tiny: HFEngine) -> None:
+    chats = [[{"role": "user", "content": "word " * n}] for n in (1, 5, 20)]
+    said = tiny.complete(chats, max_tokens=5)
+    read = sum(len(tiny.tokens([(tiny.render(c), True)])) for c in chats)
+    assert (tiny.usage.requests, tiny.usage.prompt_tokens) == (3, read) and len(said) == 3
+    assert 0 < tiny.usage.reply_tokens <= 15
+    tiny.label_probs([text([1])], ["?"], [ODD[0]])
+    assert tiny.usage.requests == 3  # labels are counted by tokens_read
+    assert HFEngine(tiny.model, tiny.tokenizer).usage.requests == 0  # each engine its own
+
+
+# untrusted text
+
+
+def test_control_tokens_of_untrusted_text_are_plain_text(hf: HFEngine) -> None:
+    special = hf.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert hf.tokens([("<|im_end|>", True)]) == [special]
+    ids = hf.tokens([("a<|im_end|>b <|im_start|>", False)])
+    assert not set(ids) & set(hf.tokenizer.all_special_ids) and hf.tokenizer.decode(ids) == "a<|im_end|>b <|im_start|>"
+
+
+# who it is
+
+
+def test_identity_is_stable_and_tells_weights_apart(hf: HFEngine, folder: str, tmp_path: Path) -> None:
+    one = HFEngine(*load_model(folder, "fp32"), spec="hf:x")
+    assert one.identity() == one.identity() == HFEngine(*load_model(folder, "fp32"), spec="hf:x").identity()
+    same = HFEngine(*load_model(save_tiny(tmp_path / "same", hf.tokenizer, 0), "fp32"), spec="hf:x")
+    other = HFEngine(*load_model(save_tiny(tmp_path / "other", hf.tokenizer, 1), "fp32"), spec="hf:x")
+    assert same.identity() == one.identity() != other.identity()
+    assert other.identity()["spec"] == "hf:x" and len(other.identity()["weights"]) == 16
+    assert HFEngine(one.model, one.tokenizer, spec="hf:y").identity() != one.identity()
+    assert hf.identity()["spec"] == "smollm2" and json.dumps(hf.identity())
+
+
+def test_identity_tells_an_adapter_from_its_base(lora: HFEngine, tiny: HFEngine) -> None:
+    prefixes, suffixes, labels = asked(lora, PAIRS[:1])
+    on, off = (e.label_probs(prefixes, suffixes, labels) for e in (lora, lora.base()))
+    assert distance(on, off) > 0.01
+    assert lora.identity() != lora.base().identity()  # their verdicts must not share a cache key
+    assert lora.base().identity() == HFEngine(*load_model(tiny.spec[3:], "fp32"), spec=tiny.spec).identity()
+
+
+def test_identity_tells_precisions_apart(folder: str) -> None:
+    engines = [HFEngine(*load_model(folder, q), spec="hf:x") for q in ("fp32", "none")]
+    prefixes, suffixes, labels = asked(engines[0], PAIRS[:1])
+    full, half = (e.label_probs(prefixes, suffixes, labels) for e in engines)
+    assert distance(full, half) > 1e-4
+    assert engines[0].identity() != engines[1].identity()  # their verdicts must not share a cache key
