@@ -26,7 +26,14 @@ COMMAND = [str(Path(sys.executable).with_name("qalign")), "run", *MICRO, "--out"
 def start(out, *more):
     env = os.environ | {"HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(
-        [*COMMAND, str(out), *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+        [*COMMAND, str(out), *more],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=env,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # a background shell hands on that it is ignored
     )
 
 
