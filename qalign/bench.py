@@ -26,7 +26,7 @@ from typing import Any
 
 # %% ../nbs/06d_bench.ipynb #630100e1
 from .core import UserError, append_jsonl, content_hash, data_path, installed, read_jsonl, write_json
-from .engine import HFEngine, embedded_model, load_engine, unpacked
+from .engine import HFEngine, embedded_model, load_engine
 from .judge import LABELS, SYSTEM, Judge, judge_prefix, judge_suffix
 from .rubric import Question, Rubric, load_rubric
 from .server import LabelTree
@@ -154,11 +154,9 @@ def per_question(
     batch: int = 8,  # sequences per forward pass
 ) -> tuple[dict[str, dict[str, float]], int, int]:
     "Label probabilities by question id, each asked on its own; tokens computed; padding beside them."
-    import torch
-
     answers: dict[str, dict[str, float]] = {}
     tokens = padding = 0
-    with torch.no_grad(), unpacked(engine.model):
+    with engine.inference():
         for some in _batched(_sequences(engine, pair, questions), batch):
             probs, read, idle = _read(engine, some)
             answers |= {s.question: p for s, p in zip(some, probs, strict=True)}
@@ -186,13 +184,11 @@ def _sync(engine: Any) -> Callable[[], None]:
 
 def _best_batch(engine: HFEngine, pair: _Pair, questions: Sequence[Question], sizes: Sequence[int]) -> dict[int, float]:
     "Tokens per second at each batch size, on questions with the commonest labels."
-    import torch
-
     all_of = _sequences(engine, pair, questions)
     trees = [s.tree for s in all_of]
     common = [s for s in all_of if s.tree == max(trees, key=trees.count)][: max(sizes)]
     rates = {}
-    with torch.no_grad(), unpacked(engine.model):
+    with engine.inference():
         for size in sizes:
             batches = list(_batched(common, size))
             _read(engine, batches[0])

@@ -4,13 +4,16 @@
 
 # %% auto #0
 __all__ = ['Answer', 'Chat', 'Segment', 'EngineError', 'Usage', 'Writer', 'Engine', 'embedded_model', 'quiet', 'load_model',
-           'model_path', 'failed', 'unpacked', 'weights_hash', 'tokens_of', 'HFEngine', 'load_engine']
+           'model_path', 'failed', 'unpacked', 'weights_hash', 'tokens_of', 'frame_of', 'HFEngine', 'normalise',
+           'load_engine']
 
 # %% ../nbs/03_engine.ipynb #c16833a3
 import contextlib
 import functools
 import hashlib
+import io
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -132,7 +135,8 @@ def embedded_model() -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
-    raw = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
+    with contextlib.redirect_stderr(io.StringIO()):  # transformers' progress bar over the tensors of the file
+        raw = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
     drop = {"quantization_config", "_name_or_path", "transformers_version", "dtype"}
     config = LlamaConfig(**{k: v for k, v in raw.config.to_dict().items() if k not in drop})
     plain = LlamaForCausalLM(config)
@@ -439,6 +443,17 @@ def tokens_of(
             ids += _plain(tokenizer).encode(text, add_special_tokens=False).ids
     return ids
 
+
+def frame_of(
+    tokenizer: Any,  # of transformers, with a chat template
+    system: str,  # the system message
+) -> tuple[str, str]:
+    "The text before and after a user message, as the chat template writes it."
+    mark = "\ue000"
+    chat = [{"role": "system", "content": system}, {"role": "user", "content": mark}]
+    head, tail = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True).split(mark)
+    return head, tail
+
 # %% ../nbs/03_engine.ipynb #04d3c5ca
 @dataclass
 class HFEngine:
@@ -458,8 +473,8 @@ class HFEngine:
         return HFEngine(self.model, self.tokenizer, self.spec, self.batch, self.rows, adapter=False)
 
     @contextlib.contextmanager
-    def _inference(self) -> Iterator[None]:
-        "No gradients, evaluation mode, adapter off if asked; modes, gradient flags and random state are put back."
+    def inference(self) -> Iterator[None]:
+        "For reading: no gradients, evaluation mode, adapter off if asked. Modes, flags and random state are put back."
         import torch
 
         modes = [(m, m.training) for m in self.model.modules()]
@@ -511,7 +526,7 @@ class HFEngine:
         if temperature > 0:
             sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
         out: list[str] = []
-        with self._inference():
+        with self.inference():
             torch.manual_seed(seed)
             for start in range(0, len(texts), self.batch):
                 ids = [self.tokens([(text, True)]) for text in texts[start : start + self.batch]]
@@ -532,7 +547,7 @@ class HFEngine:
         kinds: dict[str, list[int]] = {}
         for j, (_, i) in enumerate(jobs):
             kinds.setdefault(json.dumps(schemas[i]), []).append(j)
-        with self._inference():
+        with self.inference():
             for schema, some in kinds.items():
                 for start in range(0, len(some), self.batch):
                     part = some[start : start + self.batch]
@@ -560,10 +575,7 @@ class HFEngine:
 
     def frame(self, system: str) -> tuple[str, str]:
         "See `Engine.frame`."
-        mark = "\ue000"
-        text = self.render([{"role": "system", "content": system}, {"role": "user", "content": mark}])
-        head, tail = text.split(mark)
-        return head, tail
+        return frame_of(self.tokenizer, system)
 
     def tokens(self, segments: Sequence[Segment]) -> list[int]:
         "See `tokens_of`."
@@ -584,7 +596,7 @@ class HFEngine:
         work = _Work(branches, [list(x) for x in labels], [list(x) for x in after or [()] * len(branches)], chunk)
         out: list[list[Answer]] = [[] for _ in ids]
         self.tokens_read = [0] * len(ids)
-        with self._inference():
+        with self.inference():
             root = _Prefix([], None)
             if len(ids) > 1:
                 root = self._extend(root, _common(ids))
@@ -677,12 +689,14 @@ class HFEngine:
             for r, values in zip(rows, edges, strict=True):
                 take = iter(values)
                 for i, branch in zip(some, paths, strict=True):
-                    out[r][i] = _normalise(work.labels[i], [sum(next(take) for _ in path) for path in branch])
+                    out[r][i] = normalise(work.labels[i], [sum(next(take) for _ in path) for path in branch])
 
 
-def _normalise(labels: Sequence[str], logps: Sequence[float]) -> dict[str, float]:
-    import math
-
+def normalise(
+    labels: Sequence[str],
+    logps: Sequence[float],  # log-probability of each, finite
+) -> dict[str, float]:
+    "Probability of each label among the labels."
     top = max(logps)
     weights = [math.exp(x - top) for x in logps]
     return {label: w / sum(weights) for label, w in zip(labels, weights, strict=True)}

@@ -267,6 +267,8 @@ def _parse(reply: str, schema: dict[str, Any]) -> tuple[dict[str, Any] | None, s
     "The object and '', or None and what is wrong with the reply."
     try:
         value = json.loads(reply)
+    except RecursionError:
+        return None, "that was nested too deep"
     except json.JSONDecodeError as e:
         return None, f"that was not JSON ({e.msg} at character {e.pos})"
     if not isinstance(value, dict) or set(value) != set(schema["properties"]):
@@ -436,7 +438,7 @@ def _fill(record: _Record, plan: Plan, slots: Sequence[_Slot], say: Callable[[st
     todo = list(range(len(slots)))
     for attempt in range(plan.tries):
         say(f"round {attempt + 1} of at most {plan.tries}: {len(todo)} of {len(slots)} dimensions to ask")
-        size = (gates + graded) * 330 + 60
+        size = (gates + graded) * 330 + 60 + 9 * max(0, graded - 5)  # the longest a reply can be, a token per character
         requests = [
             _request(f"{slots[s].dimension.name}, try {attempt + 1}", slots[s].chat, schema, size, plan.seed + attempt)
             for s in todo

@@ -20,7 +20,7 @@ from typing import Any
 # %% ../nbs/06_judge.ipynb #6329bc80
 from .cache import VerdictCache, verdict_key
 from .core import UserError, content_hash
-from .engine import Answer, Engine, EngineError, Segment
+from .engine import Engine, EngineError, Segment
 from .pool import Score, explain, pool
 from .rubric import Question, Rubric, Verdict
 
@@ -157,9 +157,9 @@ def _tree(rubric: Rubric, card: Scorecard) -> str:
     return out
 
 # %% ../nbs/06_judge.ipynb #61336270
-def _verdict(question: Question, answer: Answer) -> Verdict:
-    if isinstance(answer, EngineError) or answer is None:
-        return Verdict(question.id, None, status="failed", reason=str(answer or "the engine gave no answer"))
+def _verdict(question: Question, answer: dict[str, float] | EngineError) -> Verdict:
+    if isinstance(answer, EngineError):
+        return Verdict(question.id, None, status="failed", reason=str(answer))
     label = max(answer, key=lambda k: answer[k])
     return Verdict(question.id, label, answer, "na" if label == "NA" else "ok")
 
@@ -263,7 +263,7 @@ def _missing(judge: "Judge", said: _Said) -> tuple[Question, ...]:
 
 # %% ../nbs/06_judge.ipynb #6c2dffb9
 _FEWEST = 50  # verdicts before a share of failures says anything
-_STEP = 16  # pairs between two writes to the cache
+_STEP = 16  # pairs between two looks at the failures, and between two writes to the cache
 
 
 @dataclass
@@ -333,9 +333,8 @@ class Judge:
         ask = _direct if self.mode == "direct" else _reasoned
         asked, causes = 0, Counter[str]()
         for missing, group in groups.items():
-            step = len(group) if self.cache is None else _STEP
-            for i in range(0, len(group) if missing else 0, step):
-                some = group[i : i + step]
+            for i in range(0, len(group) if missing else 0, _STEP):
+                some = group[i : i + _STEP]
                 told = dict(zip(some, ask(self, some, missing, cost), strict=True))
                 told = told if self.cache is None else _stored(self, keys, told)
                 for pair, verdicts in told.items():

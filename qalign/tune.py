@@ -249,8 +249,8 @@ class JudgeEngine(HFEngine):
     fingerprint: str = ""  # hash of the adapter's weights
 
     @contextlib.contextmanager
-    def _inference(self) -> Iterator[None]:
-        with _kept(self.model), super()._inference():
+    def inference(self) -> Iterator[None]:
+        with _kept(self.model), super().inference():
             self.model.base_model.set_adapter("judge", inference_mode=True)
             yield
 

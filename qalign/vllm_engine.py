@@ -6,7 +6,6 @@
 __all__ = ['scoring', 'VLLMEngine', 'load_vllm', 'agreement']
 
 # %% ../nbs/03b_vllm.ipynb #b894aa48
-import hashlib
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -17,8 +16,8 @@ from typing import Any
 
 # %% ../nbs/03b_vllm.ipynb #7e710984
 from .core import UserError
-from .engine import Answer, Chat, EngineError, Segment, Usage, embedded_model
-from .server import Probe, ask_labels, frame_of, repeat_seeds, tokens_of
+from .engine import Answer, Chat, EngineError, Segment, Usage, embedded_model, frame_of, tokens_of, weights_hash
+from .server import Probe, ask_labels, repeat_seeds
 
 # %% ../nbs/03b_vllm.ipynb #53fa2534
 def scoring(
@@ -28,14 +27,6 @@ def scoring(
     return {"max_tokens": 1, "temperature": 0.0, "logprob_token_ids": list(probe.wanted), "detokenize": False}
 
 # %% ../nbs/03b_vllm.ipynb #c1a90787
-def _weights(folder: str) -> str:
-    total = hashlib.sha256()
-    for path in sorted(Path(folder).glob("*.safetensors")):
-        with open(path, "rb") as f:
-            total.update(hashlib.file_digest(f, "sha256").digest())
-    return total.hexdigest()[:16]
-
-
 @dataclass
 class VLLMEngine:
     "A model that vLLM runs in this process."
@@ -50,7 +41,7 @@ class VLLMEngine:
         "The specification, and the hub's commit or a hash over the weight files of a local folder."
         config = self.llm.llm_engine.model_config
         if Path(config.model).is_dir():
-            return {"spec": self.spec, "weights": _weights(config.model)}
+            return {"spec": self.spec, "weights": weights_hash(config.model)}
         return {"spec": self.spec, "revision": str(getattr(config.hf_config, "_commit_hash", None))}
 
     def complete(
@@ -108,15 +99,15 @@ class VLLMEngine:
         prefixes: Sequence[Sequence[Segment]],
         suffixes: Sequence[str],
         schemas: Sequence[dict[str, Any]],
+        jobs: Sequence[tuple[int, int]],
         max_tokens: int = 96,
-    ) -> list[list[str | EngineError]]:
+    ) -> list[str | EngineError]:
         "See `Engine.replies`."
         starts = [tokens_of(self.tokenizer, p) for p in prefixes]
         ends = [tokens_of(self.tokenizer, [(text, True)]) for text in suffixes]
         options = [{"max_tokens": max_tokens, "temperature": 0.0, "schema": schema} for schema in schemas]
-        outs = self._generate([start + end for start in starts for end in ends], options * len(starts))
-        texts = [out if isinstance(out, EngineError) else out.outputs[0].text for out in outs]
-        return [texts[r * len(ends) : (r + 1) * len(ends)] for r in range(len(starts))]
+        outs = self._generate([starts[r] + ends[c] for r, c in jobs], [options[c] for _, c in jobs])
+        return [out if isinstance(out, EngineError) else out.outputs[0].text for out in outs]
 
     def _generate(self, prompts: Sequence[list[int]], options: Sequence[dict[str, Any]]) -> list[Any]:
         "vLLM's output per prompt, or why there is none."

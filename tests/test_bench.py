@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 
 from qalign import bench
 from qalign.bench import (
@@ -97,6 +98,18 @@ def test_baseline_is_exact(engine: HFEngine, pairs: list[tuple[str, str]], slowe
         assert all(abs(math.log(answers[q][k]) - logp) < 1e-4 for k, logp in logps.items())
     assert tokens == per_question(engine, pairs[1], FEW, 2)[1]
     assert batch > 1 or padding == 0
+
+
+def test_baseline_leaves_an_adapter_off_and_training_alone(pairs: list[tuple[str, str]], slowest: Any) -> None:
+    judge = shape_engine("micro", "fp32")
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, lora_dropout=0.5)
+    judge.model, judge.adapter = get_peft_model(judge.model, config).train(), False
+    answers, _, _ = per_question(judge, pairs[1], FEW)
+    for q, logps in slowest.items():
+        assert all(abs(math.log(answers[q][k]) - logp) < 1e-4 for k, logp in logps.items())
+    judge.adapter = True
+    on, _, _ = per_question(judge, pairs[1], FEW)
+    assert on != answers and on == per_question(judge, pairs[1], FEW)[0] and judge.model.training
 
 
 def test_baseline_computes_no_logits_it_does_not_read(engine: HFEngine, pairs: list[tuple[str, str]]) -> None:

@@ -16,13 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qalign.core import UserError
-from qalign.engine import EngineError, HFEngine, embedded_model, load_engine, load_model
+from qalign.engine import EngineError, HFEngine, embedded_model, frame_of, load_engine, load_model
+from qalign.judge import LABELS, Judge
+from qalign.rubric import load_rubric, select
 from qalign.server import (
     LabelTree,
     ServerEngine,
     broken_up,
     first_token_probs,
-    frame_of,
     load_server,
     repeat_seeds,
     tokens_of,
@@ -384,11 +385,12 @@ def test_a_tokenizer_can_be_named(hf: HFEngine) -> None:
 def test_replies_by_tokens_and_by_chats(hf: HFEngine) -> None:
     schemas = [{"type": "object", "title": t} for t in "aab"]
     with stand_in(partial(by_vllm, hf), models=listed()) as (server, seen):
-        rows = server.replies([[("One.", False)], [("One two.", False)]], [" x", " y", " zzz zzz"], schemas)
-    lengths = [[json.loads(text)["n"] for text in row] for row in rows]
-    assert lengths[0][0] == lengths[0][1] < lengths[0][2] and lengths[1][0] > lengths[0][0]
+        jobs = [(0, 0), (1, 0), (0, 2), (0, 1)]
+        said = server.replies([[("One.", False)], [("One two.", False)]], [" x", " y", " zzz zzz"], schemas, jobs)
+    length = dict(zip(jobs, (json.loads(text)["n"] for text in said), strict=True))
+    assert length[0, 0] == length[0, 1] < length[0, 2] and length[1, 0] > length[0, 0]
     sent = [body["response_format"]["json_schema"]["schema"]["title"] for body in seen[1:]]
-    assert sorted(sent) == ["a", "a", "b", "b"] and all(body["temperature"] == 0 for body in seen[1:])
+    assert sorted(sent) == ["a", "a", "b"] and all(body["temperature"] == 0 for body in seen[1:])
 
     def echo(body: dict[str, Any]) -> tuple[int, str, bytes]:
         text = body["messages"][1]["content"]
@@ -396,8 +398,26 @@ def test_replies_by_tokens_and_by_chats(hf: HFEngine) -> None:
 
     with stand_in(echo) as (server, _):
         head, tail = server.frame("Grade.")
-        row = server.replies([[(head, True), ("</s>", False)]], [f" x{tail}", f" y{tail}"], schemas[:2])[0]
+        prefixes, suffixes = [[(head, True), ("</s>", False)]], [f" x{tail}", f" y{tail}"]
+        row = server.replies(prefixes, suffixes, schemas[:2], [(0, 0), (0, 1)])
+        assert server.replies(prefixes, suffixes, schemas[:2], []) == []
     assert row[0] == "< /s> x" and isinstance(row[1], EngineError)
+
+
+def by_schema(body: dict[str, Any]) -> tuple[int, str, bytes]:
+    "A reasoned verdict: the first label the schema allows."
+    label = body["response_format"]["json_schema"]["schema"]["properties"]["label"]["enum"][0]
+    return completion(json.dumps({"reason": "It says so.", "label": label}))
+
+
+def test_a_reasoned_judge_asks_a_server() -> None:
+    rubric = select(load_rubric(), None, 1, 2)
+    with stand_in(by_schema) as (server, seen):
+        cards = Judge(rubric, server, mode="reasoned").score("Why?", ["Because.", "So."])
+    assert [[(v.label, v.reason) for v in c.verdicts] for c in cards] == [
+        [(LABELS[q.kind][0], "It says so.") for q in rubric.questions]
+    ] * 2
+    assert len(seen) == 2 * len(rubric.questions)
 
 
 def first_tokens(**probs: float) -> tuple[int, str, bytes]:

@@ -283,7 +283,7 @@ def test_an_error_while_judging_puts_everything_back() -> None:
     made = policy()
     judge, _ = tune(made, examples_from_fixtures(RUBRIC, CASES[:2]), QUICK)
     before = state(made.model)
-    with pytest.raises(RuntimeError), judge._inference():
+    with pytest.raises(RuntimeError), judge.inference():
         raise RuntimeError
     assert same(before, state(made.model))
 

@@ -172,8 +172,16 @@ def test_replies_fit_their_schema(engine: Any) -> None:
 def test_reasoned_replies_fit_their_schema(engine: Any) -> None:
     head, tail = engine.frame(SYSTEM)
     prefixes = [judge_prefix(head, p, r) for p, r in PAIRS[:2]]
-    rows = engine.replies(prefixes, [judge_suffix(tail, q) for q in QUESTIONS[:2]], [SCHEMA] * 2)
-    assert [[set(json.loads(text)) for text in row] for row in rows] == [[{"reason", "label"}] * 2] * 2
+    jobs = [(0, 0), (1, 1), (0, 1)]
+    said = engine.replies(prefixes, [judge_suffix(tail, q) for q in QUESTIONS[:2]], [SCHEMA] * 2, jobs)
+    assert [set(json.loads(text)) for text in said] == [{"reason", "label"}] * 3
+
+
+def test_a_reasoned_judge_asks_vllm(engine: Any) -> None:
+    small = select(RUBRIC, None, 1, 2)
+    [card] = Judge(small, engine, mode="reasoned").score(PAIRS[0][0], [PAIRS[0][1]])
+    kinds = {q.id: q.kind for q in small.questions}
+    assert card.verdicts and all(v.label in LABELS[kinds[v.question_id]] and v.reason for v in card.verdicts)
 
 
 def test_what_a_failed_gate_decides_is_not_asked(hf: HFEngine, engine: Any) -> None:
@@ -196,7 +204,7 @@ def test_greedy_replies_repeat_and_samples_differ(engine: Any) -> None:
 
 def test_a_judge_of_each(hf: HFEngine, engine: Any) -> None:
     rubric = select(RUBRIC, dimensions=[d.name for d in RUBRIC.dimensions[:1]])
-    theirs, ours = (Judge(rubric, e).score(*PAIRS[0][:1], [PAIRS[0][1]])[0] for e in (hf, engine))
+    theirs, ours = (Judge(rubric, e).score(PAIRS[0][0], [PAIRS[0][1]])[0] for e in (hf, engine))
     assert [v.label for v in ours.verdicts] == [v.label for v in theirs.verdicts]
     assert ours.score.base == theirs.score.base
 
