@@ -78,7 +78,21 @@ class Settings:
         0,
         10_000,
     )
-    judge: str = _key("who answers the rubric: self (the policy's base, adapter off) or an engine specification")
+    judge: str = _key(
+        "who answers the rubric: self (the policy's base, adapter off), tuned (that base with the shipped judge's "
+        "adapter), tuned:FOLDER (with yours), or an engine specification"
+    )
+    judge_mode: str = _key(
+        "direct: the label right away, one pass; reasoned: a sentence of reasoning first, as in the paper",
+        choices=("direct", "reasoned"),
+    )
+    judge_layout: str = _key(
+        "response_first: every question branches off the response; rubric_first: the questions stand before it",
+        choices=("response_first", "rubric_first"),
+    )
+    judge_cache: str = _key(
+        "on: verdicts are kept in the run folder and not asked for twice; off: nothing is kept", choices=("on", "off")
+    )
     scores: str = _key(
         "hard (arg-max labels, as in the paper) or expected (label probabilities)",
         choices=("hard", "expected"),

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 # %% ../nbs/17_pipeline.ipynb #400e083d
+from .cache import VerdictCache
 from qalign.core import (
     Settings,
     UserError,
@@ -40,6 +41,7 @@ from .report import write_report
 from .rubric import Rubric, load_rubric, select
 from .sft import Record, add_adapter, build_records, train_sft
 from .trace import parse_trace
+from .tune import judge_card, judge_folder, load_judge
 
 # %% ../nbs/17_pipeline.ipynb #efe3de48
 @dataclass(frozen=True)
@@ -55,8 +57,10 @@ class Plan:
     def identity(self) -> dict[str, Any]:
         "What decides every number of the run: two runs may share a folder only if this is equal."
         r, parts = self.rubric, {name: [p.id for p in ps] for name, ps in self.prompts.items()}
+        adapter = judge_folder(self.settings.judge)
         return {
             "settings": self.settings.to_dict(),
+            "judge": judge_card(adapter)["adapter"] if adapter else None,
             "rubric": {"name": r.name, "version": r.version, "questions": len(r.questions)},
             "prompts": content_hash([parts, [p.text for ps in self.prompts.values() for p in ps]]),
         }
@@ -75,6 +79,12 @@ def make_plan(
     prompts: str = "harmful",  # the shipped harmful prompts, or the path of a file
 ) -> Plan:
     "Read the rubric and the prompts and split them. Raises `UserError` for any bad input."
+    if adapter := judge_folder(settings.judge):
+        judge_card(adapter)
+        if (settings.judge_mode, settings.judge_layout) != ("direct", "response_first"):
+            raise UserError(
+                "a tuned judge answers as it was taught: use judge_mode direct, judge_layout response_first"
+            )
     report: list[str] = []
     harmful, benign = load_prompts(prompts, report=report), load_prompts("benign")
     wanted = {"sft": settings.sft_prompts, "grpo": settings.grpo_prompts, "harmful": settings.eval_harmful}
@@ -157,7 +167,7 @@ def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     for key, value in new["settings"].items():
         if old.get("settings", {}).get(key) != value:
             return f"{key} ({old.get('settings', {}).get(key)!r}, now {value!r})"
-    return next((key for key in ("rubric", "prompts") if old.get(key) != new[key]), "")
+    return next((key for key in ("rubric", "prompts", "judge") if old.get(key) != new[key]), "")
 
 
 def _commit() -> str | None:
@@ -176,6 +186,7 @@ class Policy:
         self.settings, self.folder = settings, folder
         self.engine: HFEngine | None = None
         self.adapter: str | None = None  # name of the adapter folder in memory
+        self.cache: VerdictCache | None = None  # verdicts of this run, once a judge was asked for
 
     def get(
         self,
@@ -189,14 +200,21 @@ class Policy:
             from peft import PeftModel
 
             path = str(self.folder / adapter)
-            self.engine.model = PeftModel.from_pretrained(self.engine.model, path, is_trainable=True)
+            self.engine.model = PeftModel.from_pretrained(self._bare(), path, is_trainable=True)
             self.adapter = adapter
         return self.engine
+
+    def _bare(self) -> Any:
+        "The base without the adapter that a tuned judge has put on it."
+        assert self.engine is not None
+        if hasattr(self.engine.model, "peft_config"):
+            self.engine.model, self.engine.adapter = self.engine.model.unload(), True
+        return self.engine.model
 
     def fresh_adapter(self) -> HFEngine:
         "The base with a new adapter, to be trained."
         engine = self.get(None)
-        engine.model = add_adapter(engine.model, self.settings)
+        engine.model = add_adapter(self._bare(), self.settings)
         return engine
 
     def save(
@@ -216,10 +234,21 @@ class Policy:
         self,
         rubric: Rubric,
     ) -> Judge:
-        "The judge of these settings: the policy's own base, or another engine."
+        "The judge of these settings: the policy's own base, that base with a judge's adapter, or another engine."
         s = self.settings
-        base = self.get(self.adapter).base() if s.judge == "self" else load_engine(s.judge, s.quantization)
-        return Judge(rubric, base, scores=s.scores, max_failed=s.max_failed, chunk=s.judge_chunk)
+        if s.judge_cache == "on" and self.cache is None:
+            self.cache = VerdictCache(self.folder / "verdicts.sqlite")
+        how = (s.scores, s.max_failed, s.judge_chunk, s.judge_mode, s.judge_layout)
+        return Judge(rubric, self._judges(), *how, cache=self.cache)
+
+    def _judges(self) -> Any:
+        "The engine that answers the rubric."
+        who, own = self.settings.judge, self.get(self.adapter)
+        if who == "self":
+            return own.base()
+        if (adapter := judge_folder(who)) is None:
+            return load_engine(who, self.settings.quantization)
+        return load_judge(own, adapter)
 
 # %% ../nbs/17_pipeline.ipynb #e2533d2a
 @dataclass

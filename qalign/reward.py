@@ -101,7 +101,7 @@ class RewardRecord:
 
     def to_dict(self) -> dict[str, Any]:
         "Plain values for `traces.jsonl`: texts, scores and the problem, if any."
-        names = ("prompt_id", "prompt", "completion", "r1", "r2", "reward")
+        names = ("index", "prompt_id", "prompt", "completion", "r1", "r2", "reward")
         return {name: getattr(self, name) for name in names} | {"problem": self.trace.problem}
 
 # %% ../nbs/08_reward.ipynb #b52039a3

@@ -14,19 +14,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qalign import tune as room
-from qalign.core import UserError, data_path, read_jsonl
-from qalign.engine import HFEngine, model_path
+from qalign.core import UserError, append_jsonl, data_path, load_settings, read_jsonl
+from qalign.engine import HFEngine, load_model, model_path
 from qalign.fixtures import Fixture, answer_fixtures, load_fixtures
-from qalign.judge import LABELS, SYSTEM, Scorecard, judge_prefix, judge_suffix
+from qalign.judge import LABELS, SYSTEM, Judge, Scorecard, judge_prefix, judge_suffix
+from qalign.pipeline import make_plan
 from qalign.pool import Score
+from qalign.reward import RubricReward
 from qalign.rubric import Verdict, load_rubric
+from qalign.trace import render_trace
 from qalign.tune import (
     Example,
     Recipe,
     cross_validate,
     examples_from_fixtures,
+    examples_from_run,
     examples_from_scorecards,
     held_out,
+    judge_card,
+    judge_folder,
     label_logps,
     load_judge,
     save_judge,
@@ -351,6 +357,65 @@ def test_folds_are_taken_up_again(engine: HFEngine, tmp_path: Path, monkeypatch:
     assert {(r["kind"], r["judge"]) for r in table} >= {("questions", x) for x in ("start", "words", "tuned")}
     whole = next(r for r in table if (r["kind"], r["judge"], r["level"]) == ("questions", "tuned", "all"))
     assert whole["n"] == len(cases)
+
+
+def test_a_tuned_judge_by_command(engine: HFEngine, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from qalign.cli import app
+
+    engine.model.save_pretrained(tmp_path / "model")
+    engine.tokenizer.save_pretrained(tmp_path / "model")
+    cases = [f for f in FIXTURES if f.question_id.startswith(("harm.request", "harm.risk"))][:12]
+    rows = [{k: getattr(f, k) for k in ("question_id", "prompt", "response", "label")} for f in cases]
+    (tmp_path / "cases.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    model, out, folder = f"hf:{tmp_path / 'model'}", tmp_path / "run", tmp_path / "judge"
+    options = {"engine": model, "quantization": "fp32", "fixtures": tmp_path / "cases.jsonl", "implied": "none"}
+    options |= {"epochs": 1, "r": 4, "out": out, "adapter": folder}
+    command = [str(x) for k, v in options.items() for x in (f"--{k}", v)]
+    done = CliRunner().invoke(app, ["judge", "tune", *command], catch_exceptions=False)
+    assert done.exit_code == 0 and f"--judge tuned:{folder}" in done.output.replace("\n", "")
+    card = judge_card(folder)
+    assert card["held_out"] == held_out(RUBRIC, [r for k in range(3) for r in read_jsonl(out / f"fold-{k}.jsonl")])
+    again = HFEngine(*load_model(model_path(model), "fp32"), spec=model)
+    assert load_judge(again, folder).fingerprint == card["adapter"]
+
+
+def test_a_run_teaches_what_its_judge_said(engine: HFEngine, tmp_path: Path) -> None:
+    texts = [render_trace(f"Draft {i}.", "I doubt this.", f"Better {i}.") for i in range(3)]
+    reward = RubricReward(Judge(RUBRIC, engine, scores="expected"), load_settings("tiny"), tmp_path)
+    reward(["Why?"] * 3, texts, step=1, prompt_id=["a"] * 3)
+    for record in reward.last:
+        append_jsonl(tmp_path / "traces.jsonl", record.to_dict() | {"step": 1})
+    cards = [card for record in reward.last for card in record.scorecards]
+    found = examples_from_run(RUBRIC, tmp_path)
+    assert {e.response for e in found} == {f"{x} {i}." for x in ("Draft", "Better") for i in range(3)}
+
+    def order(examples: list[Example]) -> list[Any]:
+        return sorted((e.question.id, e.response, sorted(e.target.items())) for e in examples)
+
+    assert order(found) == order(examples_from_scorecards(RUBRIC, cards))
+    with pytest.raises(UserError, match="questions that hhh lacks"):
+        examples_from_run(replace(RUBRIC, principles=RUBRIC.principles[1:]), tmp_path)
+    (tmp_path / "traces.jsonl").write_text("")
+    with pytest.raises(UserError, match="lacks completion 0 of step 1"):
+        examples_from_run(RUBRIC, tmp_path)
+
+
+@pytest.mark.parametrize(("spec", "end"), [("self", None), ("tuned", "judge-smollm2"), ("tuned:a/b", "b"), ("x", None)])
+def test_which_adapter_a_setting_names(spec: str, end: str | None) -> None:
+    found = judge_folder(spec)
+    assert (found and found.name) == end
+
+
+def test_a_setting_without_a_judge_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="tuned:FOLDER"):
+        judge_folder("tuned:")
+    with pytest.raises(UserError, match="holds no judge"):
+        make_plan(load_settings("tiny", judge=f"tuned:{tmp_path}"))
+    (tmp_path / "judge.json").write_text("{}")
+    with pytest.raises(UserError, match="use judge_mode direct"):
+        make_plan(load_settings("tiny", judge=f"tuned:{tmp_path}", judge_mode="reasoned"))
 
 
 # --- what is shipped
