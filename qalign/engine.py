@@ -171,6 +171,7 @@ def quiet() -> None:
 def load_model(
     path: str,  # hub id or folder
     quantization: str = "none",  # none: bf16 · nf4: 4-bit base · fp32
+    chat: bool = True,  # refuse a model without a chat template; a classifier may have none
 ) -> tuple[Any, Any]:
     "A causal language model on the GPU if there is one, and its tokenizer (left padding, a pad token)."
     quiet()
@@ -192,7 +193,7 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
     except OSError as e:
         raise UserError(f"cannot load model {path!r}: {str(e).splitlines()[0]}") from None
-    if tokenizer.chat_template is None:
+    if chat and tokenizer.chat_template is None:
         raise UserError(f"model {path!r} has no chat template: choose an instruct or chat model")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -706,6 +707,7 @@ def normalise(
 def load_engine(
     spec: str = "smollm2",  # smollm2 (embedded), hf:ID_OR_PATH, vllm:ID_OR_PATH, or openai:MODEL@BASE_URL
     quantization: str = "none",  # none: bf16 · nf4: 4-bit base · fp32
+    chat: bool = True,  # False: a model in this process may lack a chat template, as classifiers do
 ) -> Any:
     "An engine for a model specification: an `HFEngine`, or that of the room `server` or `vllm_engine`."
     if spec.startswith("openai:"):
@@ -716,5 +718,5 @@ def load_engine(
         from qalign.vllm_engine import load_vllm
 
         return load_vllm(spec, quantization)
-    model, tokenizer = load_model(model_path(spec), quantization)
+    model, tokenizer = load_model(model_path(spec), quantization, chat)
     return HFEngine(model, tokenizer, spec)

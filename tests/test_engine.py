@@ -1,6 +1,7 @@
 "The engine in this process: shared prefixes give what each gives alone, nothing of a training step is touched."
 
 import contextlib
+import copy
 import json
 import random
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from qalign.core import UserError
 from qalign.engine import Answer, EngineError, HFEngine, Segment, failed, load_engine, load_model
 from qalign.judge import LABELS, SYSTEM, Judge, judge_prefix, judge_suffix, reply_schema
 from qalign.rubric import Question, load_rubric, select
@@ -566,3 +568,14 @@ def test_identity_tells_precisions_apart(folder: str) -> None:
     full, half = (e.label_probs(prefixes, suffixes, labels) for e in engines)
     assert distance(full, half) > 1e-4
     assert engines[0].identity() != engines[1].identity()  # their verdicts must not share a cache key
+
+
+def test_only_a_classifier_may_lack_a_chat_template(hf: HFEngine, tmp_path: Path) -> None:
+    bare = copy.deepcopy(hf.tokenizer)
+    bare.chat_template = None
+    folder = save_tiny(tmp_path, bare, 0)
+    with pytest.raises(UserError, match="has no chat template"):
+        load_engine(f"hf:{folder}", "fp32")
+    engine = load_engine(f"hf:{folder}", "fp32", chat=False)
+    [[answer]] = engine.label_probs([[("Is it?", False)]], ["\n"], [["yes", "no"]])
+    assert sum(answer.values()) == pytest.approx(1)

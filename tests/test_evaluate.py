@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qalign.core import UserError, load_settings
-from qalign.evaluate import METRICS, REFUSALS, evaluate, is_refusal, summarize, summary_cells, summary_markdown
+from qalign.evaluate import METRICS, evaluate, is_refusal, summarize, summary_cells, summary_markdown
 from qalign.prompts import Prompt
 from qalign.reward import final_reward
+from qalign.safety import _OWN
 from qalign.trace import answer_of, parse_trace, render_trace
 
 HYPO = settings(derandomize=True, max_examples=60, deadline=None)
@@ -43,7 +44,7 @@ def test_is_refusal(answer, expected):
     assert is_refusal(answer) is expected
 
 
-@pytest.mark.parametrize("phrase", REFUSALS)
+@pytest.mark.parametrize("phrase", _OWN)
 def test_every_phrase_is_found_in_any_spelling(phrase):
     assert is_refusal(phrase)
     assert is_refusal(f"Well. {phrase.upper()}!".replace("'", "\u2019"))
