@@ -111,12 +111,17 @@ class Settings:
     sft_lr: float = _key("peak learning rate of SFT", 1e-8, 1)
     sft_batch: int = _key("records per optimiser step of SFT", 1, 4096)
     reflection_writer: str = _key(
-        "model: the policy writes the reflection; template: our sentences fill in the weakest question",
-        choices=("model", "template"),
+        "who writes the reflection: template (our sentences), model (the policy's base), or an engine specification"
     )
     revision_writer: str = _key(
-        "model: the policy rewrites from an instruction; template: it continues a given opening",
-        choices=("model", "template"),
+        "who writes the revision: continue (the policy goes on from draft and reflection), model (the policy's base "
+        "rewrites on request), template (it goes on from an opening of ours), or an engine specification"
+    )
+    reflection_tries: int = _key("replies asked for before a record without a valid reflection is dropped", 1, 64)
+    records_at_once: int = _key("prompts worked on together while records are built: what a kill can lose", 1, 4096)
+    sft_packing: str = _key(
+        "off: a record a row; padding_free: a micro-batch's records in one row; packed: rows filled up to the limit",
+        choices=("off", "padding_free", "packed"),
     )
     candidates: int = _key("revisions sampled per record; the judge keeps the best", 1, 64)
     draft_tokens: int = _key("longest draft in a Think-SFT record, tokens", 8, 32_768)
@@ -133,13 +138,33 @@ class Settings:
     )
     warmup: float = _key("share of GRPO steps over which the learning rate rises", 0, 1)
     kl: float = _key("weight of the KL divergence to the reference (the adapter after SFT)", 0, 10)
-    clip: float = _key("clip range of the importance ratio", 0, 10)
+    clip: float = _key("clip range of the importance ratio, downwards", 0, 1)
+    clip_high: float = _key("clip range upwards; 0 = as clip", 0, 10)
     loss_type: str = _key("how token losses are averaged (TRL's names)", choices=("grpo", "bnpo", "dr_grpo", "dapo"))
     temperature: float = _key("sampling temperature of rollouts", 0.01, 10)
     top_p: float = _key("nucleus of rollouts, share of probability", 0.01, 1)
     prompt_tokens: int = _key("longest prompt, tokens, chat template included; longer ones are refused", 8, 1_000_000)
     completion_tokens: int = _key("longest completion, tokens", 8, 1_000_000)
     micro_batch: int = _key("completions per forward and backward pass", 1, 4096)
+    steps_per_generation: int = _key("optimiser steps whose completions are generated at once; 1 = on policy", 1, 1000)
+    num_iterations: int = _key("optimiser steps made from each completion", 1, 100)
+    scale_rewards: str = _key(
+        "what an advantage is divided by: the spread of its group, of the batch, or nothing",
+        choices=("group", "batch", "none"),
+    )
+    save_steps: int = _key("GRPO steps between checkpoints, rounded up to whole generations; 0 = none", 0, 1_000_000)
+    report_to: str = _key(
+        "tracker that is told the numbers as well", choices=("none", "trackio", "wandb", "tensorboard")
+    )
+    canary_steps: int = _key("GRPO steps between two looks at the benign canaries; 0 = none", 0, 1_000_000)
+    judge_noise: float = _key(
+        "standard deviation of a reward when the same transcript is judged again; 0 = not measured", 0, 1000
+    )
+    stop_kl: float = _key("KL at which GRPO stops, mean of three steps; 0 = never", 0, 1000)
+    stop_unscored: float = _key(
+        "share of unscored completions at which GRPO stops, mean of three steps; 0 = never", 0, 1
+    )
+    stop_truncated: float = _key("share of cut completions at which GRPO stops, mean of three steps; 0 = never", 0, 1)
     eval_harmful: int = _key("held-out harmful prompts evaluated", 1, 1_000_000)
     eval_benign: int = _key("held-out benign prompts evaluated", 1, 1_000_000)
     eval_temperature: float = _key("sampling temperature of evaluation; 0 = greedy", 0, 10)

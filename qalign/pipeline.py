@@ -39,7 +39,7 @@ from .judge import Judge
 from .prompts import Prompt, disjoint, length_audit, load_prompts, shrink, split
 from .report import write_report
 from .rubric import Rubric, load_rubric, select
-from .sft import Record, add_adapter, build_records, train_sft
+from .sft import Record, add_adapter, build_records, save_dataset, tally, train_sft
 from .trace import parse_trace
 from .tune import judge_card, judge_folder, load_judge
 
@@ -50,7 +50,7 @@ class Plan:
 
     settings: Settings
     rubric: Rubric
-    prompts: dict[str, list[Prompt]]  # sft, grpo, harmful (held out), benign (held out), sft_benign
+    prompts: dict[str, list[Prompt]]  # sft, grpo, harmful (held out), benign (held out), sft_benign, canaries
     notes: tuple[str, ...] = ()  # what the reader should know about the split
 
     @property
@@ -74,6 +74,9 @@ def rubric_for(
     return select(rubric, dimensions=settings.dimensions, per_dimension=4) if settings.dimensions else rubric
 
 
+_CANARIES = 8  # benign prompts asked during GRPO, held out from everything else
+
+
 def make_plan(
     settings: Settings,
     prompts: str = "harmful",  # the shipped harmful prompts, or the path of a file
@@ -94,16 +97,18 @@ def make_plan(
         short = ", ".join(f"{k} {n} of {wanted[k]}" for k, n in sizes.items())
         notes.append(f"{len(harmful)} prompts are fewer than the preset wants: {short}")
     wanted_benign = {"benign": settings.eval_benign, "sft_benign": settings.sft_benign}
+    wanted_benign["canaries"] = _CANARIES if settings.canary_steps else 0
     wanted_benign = {name: n for name, n in wanted_benign.items() if n}
     parts = split(harmful, settings.seed, **sizes)
     parts |= split(benign, settings.seed, **shrink(wanted_benign, len(benign)))
-    parts.setdefault("sft_benign", [])
+    parts = {"sft_benign": [], "canaries": [], **parts}
     disjoint(parts["sft"] + parts["grpo"], parts["harmful"])
     return Plan(settings, rubric_for(settings), parts, tuple(notes))
 
 # %% ../nbs/17_pipeline.ipynb #81a84b18
 STAGES = ("start", "records", "sft", "after_sft", "grpo", "after_grpo", "report")
-_LEFT = {"grpo": ("traces.jsonl", "credit", "trainer", "adapter"), "sft": ("trainer", "adapter-sft")}
+_LEFT = {"grpo": ("adapter",), "sft": ("trainer-sft", "adapter-sft")}
+_RESUMES = ("grpo",)  # stages that cut their records back to a checkpoint of their own
 
 
 @dataclass
@@ -124,7 +129,7 @@ class Folder:
     def clear(self, stage: str) -> None:
         "Remove what an unfinished stage left behind."
         metrics = self.path / "metrics.jsonl"
-        if metrics.exists():
+        if metrics.exists() and stage not in _RESUMES:
             write_jsonl(metrics, [r for r in read_jsonl(metrics) if r.get("part") != stage])
         for name in _LEFT.get(stage, ()):
             target = self.path / name
@@ -258,6 +263,7 @@ class Run:
     plan: Plan
     folder: Folder
     policy: Policy
+    resume: bool = False  # whether checkpoints of GRPO may be there
 
     def evaluation(self, stage: str, name: str, adapter: str | None) -> dict[str, Any]:
         "Evaluate one model on the held-out prompts."
@@ -277,18 +283,20 @@ class Run:
         "Build the Think-SFT records."
         p, s = self.plan.prompts, self.plan.settings
         engine, judge = self.policy.get(None), self.policy.judge(self.plan.rubric)
-        records, dropped = build_records(p["sft"], engine, judge, s, benign=p["sft_benign"], progress=self.folder.say)
-        write_jsonl(self.folder.path / "records.jsonl", [r.to_dict() for r in records])
+        path, journal = self.folder.path, self.folder.path / "records-journal.jsonl"
+        records, _ = build_records(p["sft"], engine, judge, s, p["sft_benign"], self.folder.say, journal=journal)
+        write_jsonl(path / "records.jsonl", [r.to_dict() for r in records])
+        save_dataset(records, path / "sft-dataset.jsonl")
         for r in records[:2]:
             self.folder.say(f"example {r.id}: {r.prompt}\n{r.draft}\n  ⟨{r.reflection}⟩\n{r.revision}")
-        return {"records": len(records), "dropped": dropped}
+        return tally(journal)
 
     def sft(self) -> dict[str, Any]:
         "Teach the transcript format."
         records = [Record(**r) for r in read_jsonl(self.folder.path / "records.jsonl")]
         engine = self.policy.fresh_adapter()
         log = self._progress("sft", 10)
-        train_sft(engine.model, engine.tokenizer, records, self.plan.settings, self.folder.path / "trainer", log)
+        train_sft(engine.model, engine.tokenizer, records, self.plan.settings, self.folder.path / "trainer-sft", log)
         self.policy.save("adapter-sft")
         return {}
 
@@ -300,11 +308,26 @@ class Run:
         "Train with the rubric reward."
         engine = self.policy.get("adapter-sft")
         judge = self.policy.judge(self.plan.rubric)
-        prompts, s = self.plan.prompts["grpo"], self.plan.settings
-        log = self._progress("grpo", 1, s.grpo_steps)
-        train_grpo(engine.model, engine.tokenizer, judge, prompts, s, self.folder.path, log)
+        prompts, s, path = self.plan.prompts["grpo"], self.plan.settings, self.folder.path
+
+        def log(row: dict[str, Any]) -> None:
+            self.folder.metric("grpo", {"part": "grpo", **row})
+
+        canaries, say = self._canaries(engine, judge), self.folder.say
+        train_grpo(engine.model, engine.tokenizer, judge, prompts, s, path, log, say, self.resume, canaries)
         self.policy.save("adapter")
         return {}
+
+    def _canaries(self, engine: HFEngine, judge: Judge) -> Callable[[], list[dict[str, Any]]] | None:
+        "What asks the policy the benign canaries; None if the settings want none."
+        held = {"benign": self.plan.prompts["canaries"]}
+        once = self.plan.settings.replace(eval_trials=1)
+
+        def ask() -> list[dict[str, Any]]:
+            rows = evaluate("grpo", engine, judge, held, once)
+            return [{"refusal": r["refusal"], "helpfulness": r["principles"].get("helpfulness")} for r in rows]
+
+        return ask if once.canary_steps and held["benign"] else None
 
     def after_grpo(self) -> dict[str, Any]:
         "Evaluate the final model, and keep one response question by question."
@@ -396,7 +419,7 @@ def run(
     folder = open_folder(out, plan, resume, say)
     for note in plan.notes:
         say(f"note: {note}")
-    state = Run(plan, folder, Policy(settings, folder.path))
+    state = Run(plan, folder, Policy(settings, folder.path), resume)
     todo = [s for s in STAGES if not folder.done(s)]
     if todo and todo != ["report"]:
         check_lengths(plan, state.policy)

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['final_reward', 'group_advantages', 'fill_unscored', 'RewardRecord', 'RubricReward', 'credit_rows', 'write_credit',
-           'read_credit', 'replay']
+           'read_credit', 'replay', 'rubric_reward']
 
 # %% ../nbs/08_reward.ipynb #fd8d715e
+import functools
 import json
 import math
 import os
@@ -17,9 +18,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .core import Settings, UserError, content_hash, installed
+from .core import Settings, UserError, content_hash, installed, load_settings
 from .pool import GRADE, pool
-from .rubric import Rubric, Verdict
+from .rubric import Rubric, Verdict, load_rubric, select
 from .trace import Trace, parse_trace
 
 # %% ../nbs/08_reward.ipynb #28559d13
@@ -359,3 +360,29 @@ def replay(
         out.append({**who, "r1": r1, "r2": r2, "reward": reward, "same": same})
     frame = pd.DataFrame(out, columns=["run", "step", "completion", "prompt_id", "r1", "r2", "reward", "same"])
     return frame.astype({"r1": float, "r2": float, "reward": float})
+
+# %% ../nbs/08_reward.ipynb #f2392871
+@functools.cache
+def _from_environment() -> RubricReward:
+    from qalign.engine import HFEngine, load_engine, load_model, model_path
+    from qalign.judge import Judge
+    from qalign.tune import judge_folder, load_judge
+
+    s = load_settings(os.environ.get("QALIGN_PRESET", "DEFAULT"), judge=os.environ.get("QALIGN_JUDGE"))
+    rubric = load_rubric(s.rubric)
+    rubric = select(rubric, dimensions=s.dimensions, per_dimension=4) if s.dimensions else rubric
+    if folder := judge_folder(s.judge):
+        engine: Any = load_judge(HFEngine(*load_model(model_path(s.model), s.quantization), spec=s.model), folder)
+    else:
+        engine = load_engine(s.model if s.judge == "self" else s.judge, s.quantization)
+    judge = Judge(rubric, engine, s.scores, s.max_failed, s.judge_chunk, s.judge_mode, s.judge_layout)
+    return RubricReward(judge, s, folder=os.environ.get("QALIGN_RUN"), fill_groups=False)
+
+
+def rubric_reward(
+    prompts: Sequence[Any],  # strings or conversations
+    completions: Sequence[Any],  # likewise
+    **columns: Any,  # the trainer's
+) -> list[float | None]:
+    "The rubric reward as a plain function, for `trl grpo --reward_funcs qalign.reward.rubric_reward`."
+    return _from_environment()(prompts, completions, **columns)
