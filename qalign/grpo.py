@@ -30,7 +30,6 @@ from qalign.core import (
     append_jsonl,
     content_hash,
     installed,
-    load_settings,
     read_jsonl,
     versions,
     write_json,
@@ -42,7 +41,7 @@ from .memory import dry_step
 from .monitor import Monitor, canary_numbers, progress_line, saturated
 from .prompts import Prompt
 from .reward import RubricReward
-from .rubric import Rubric, load_rubric, select
+from .rubric import Rubric
 from .sft import common_arguments
 
 # %% ../nbs/12_grpo.ipynb #14252dd6

@@ -1,6 +1,5 @@
 "Bad input on the command line: one line that names the thing and the remedy, a non-zero exit, nothing half-written."
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qalign import cli, pipeline
-from qalign.core import UserError, data_path, load_settings
+from qalign.core import UserError, data_path, load_settings, read_jsonl
 from qalign.rubric import load_rubric
 
 
@@ -112,11 +111,13 @@ def test_clear_removes_what_a_stage_left(tmp_path):
     folder = pipeline.Folder(tmp_path)
     folder.metric("sft", {"part": "sft", "step": 1})
     folder.metric("grpo", {"part": "grpo", "step": 1})
-    (tmp_path / "credit").mkdir()
-    (tmp_path / "traces.jsonl").write_text("{}\n")
-    folder.clear("grpo")
-    assert [json.loads(x)["part"] for x in (tmp_path / "metrics.jsonl").read_text().splitlines()] == ["sft"]
-    assert not (tmp_path / "credit").exists() and not (tmp_path / "traces.jsonl").exists()
+    for name in ("adapter-sft", "adapter", "trainer"):
+        (tmp_path / name).mkdir()
+    folder.clear("sft")
+    assert [row["part"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == ["grpo"]
+    folder.clear("grpo")  # its own checkpoints say what is cut
+    assert [row["part"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == ["grpo"]
+    assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["trainer"]
 
 
 def test_help_lists_the_commands():
