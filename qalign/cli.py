@@ -372,7 +372,7 @@ def judge_tune(
     engine: Local = "smollm2",
     quantization: Weights = "none",
     fixtures: Annotated[str, typer.Option(help="shipped name or .jsonl path")] = "hhh",
-    implied: Annotated[str, typer.Option(help="rules for labels that follow: shipped name, path, or none")] = "hhh",
+    implied: Annotated[str, typer.Option(help="rules for labels that follow: shipped name, path, or none")] = "none",
     runs: Annotated[list[Path] | None, typer.Option(help="run folder with a stronger judge's verdicts")] = None,
     out: Annotated[Path, typer.Option(help="record of the folds; the same command goes on")] = Path("runs/tune"),
     adapter: Annotated[Path, typer.Option(help="folder of the finished judge")] = Path("runs/tune/adapter"),

@@ -431,16 +431,12 @@ recorded = pytest.mark.skipif(not (SHIPPED / "judge.json").is_file(), reason="no
 def test_the_shipped_judge_is_small_and_of_today(engine: HFEngine) -> None:
     assert sum(f.stat().st_size for f in SHIPPED.iterdir()) < 5_000_000
     card, run = (json.loads(p.read_text()) for p in (SHIPPED / "judge.json", RUN / "run.json"))
-    learned = room._describe(engine, RUBRIC, FIXTURES, Recipe(**card["recipe"]), _more())
+    learned = room._describe(engine, RUBRIC, FIXTURES, Recipe(**card["recipe"]))
     for key in ("rubric", "template", "fixtures", "extra", "recipe"):
         assert card[key] == run[key] == learned[key]
     assert card["base"] == run["base"]
     rows = [r for k in range(run["folds"]) for r in read_jsonl(RUN / f"fold-{k}.jsonl")]
     assert card["held_out"] == held_out(RUBRIC, rows)
-
-
-def _more() -> list[Example]:
-    return [e for e in examples_from_fixtures(RUBRIC, FIXTURES, "hhh") if e.implied]
 
 
 def test_a_damaged_adapter_is_refused(engine: HFEngine, tmp_path: Path) -> None:
