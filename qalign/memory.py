@@ -562,7 +562,7 @@ def _generate(z: _Shape) -> dict[str, list[_Term]]:
 
 
 def _judging(z: _Shape) -> dict[str, list[_Term]]:
-    if z.s.judge != "self":
+    if z.s.judge.partition(":")[0] not in ("self", "tuned"):
         return {}
     rows = min(z.o["judge_rows"], 2 * z.s.prompts_per_step * z.s.group_size)
     text, ask = _FRAME + z.s.prompt_tokens + z.s.completion_tokens, _QUESTION * z.s.judge_chunk
@@ -691,7 +691,7 @@ def _notes(settings: Settings, name: str) -> tuple[str, ...]:
     known = next((k for k in KNOWN if k.lower() in name.lower()), None)
     if known and name != known and not Path(name.removeprefix("hf:")).is_dir():
         notes.append(f"its shape is that of {known}, by its name")
-    if settings.judge != "self" and not settings.judge.startswith("openai:"):
+    if settings.judge.partition(":")[0] not in ("self", "tuned", "openai"):
         notes.append(f"the judge {settings.judge} is a second model: on the same card, its memory comes on top")
     return tuple(notes)
 
