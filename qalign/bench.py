@@ -324,7 +324,9 @@ def _baseline(
     for i in which:
         if i not in done:
             work = partial(per_question, engine, pairs[i], questions, batch)
+            before = _one_pass(engine, rubric, pairs[i : i + 1])
             seconds, (answers, tokens, padding) = _timed(engine, work)
+            after = _one_pass(engine, rubric, pairs[i : i + 1])
             logps = {q: {k: round(_log(p), 7) for k, p in probs.items()} for q, probs in answers.items()}
             done[i] = {
                 "response": i,
@@ -332,13 +334,23 @@ def _baseline(
                 "seconds": seconds,
                 "tokens": tokens,
                 "padding": padding,
+                "beside": (before[0] + after[0]) / 2,
+                "beside_tokens": before[1],
                 "logps": logps,
             }
             append_jsonl(path, done[i])
             say(f"one at a time: response {i + 1} of {len(pairs)}, {seconds:.0f} s")
-    total = {k: sum(done[i][k] for i in which) for k in ("seconds", "tokens", "padding")}
+    total = {k: sum(done[i][k] for i in which) for k in ("seconds", "tokens", "padding", "beside", "beside_tokens")}
     n = len(which) * len(questions)
-    return {"responses": len(which), "asked": n, "settled": n, "batch": batch, **total, "seconds": [total["seconds"]]}
+    lists = {k: [total[k]] for k in ("seconds", "beside")}
+    return {"responses": len(which), "asked": n, "settled": n, "batch": batch, **total, **lists}
+
+
+def _one_pass(engine: HFEngine, rubric: Rubric, pairs: Sequence[_Pair], chunk: int = 24) -> tuple[float, int]:
+    "Seconds and tokens of one pass: the yardstick beside every other row."
+    judge = Judge(rubric, engine, chunk=chunk, gates_first=False)
+    seconds, cards = _timed(engine, partial(judge.score_many, pairs))
+    return seconds, sum(c.tokens for c in cards)
 
 
 def _log(p: float) -> float:
@@ -346,20 +358,34 @@ def _log(p: float) -> float:
 
 # %% ../nbs/06d_bench.ipynb #e36d0905
 def _judged(
-    engine: Any, rubric: Rubric, pairs: Sequence[_Pair], row: str, repeats: int, chunk: int
+    engine: Any,
+    yardstick: HFEngine,  # runs one pass before each timed run; the engine itself, or one beside vLLM
+    rubric: Rubric,
+    pairs: Sequence[_Pair],
+    row: str,
+    repeats: int,
+    chunk: int,
+    say: Callable[[str], None],
 ) -> tuple[dict[str, Any], list]:
     "A row of the record, and the scorecards."
     layout = "rubric_first" if row == "rubric_first" else "response_first"
     judge = Judge(rubric, engine, chunk=chunk, layout=layout, gates_first=row == "gates_first")
-    seconds = []
+    seconds, beside, read = [], [], 0
     for attempt in range(repeats + 1):
+        some = pairs if attempt else pairs[:1]  # the first, on one response, warms up
         if row == "vllm":
             engine.llm.reset_prefix_cache()
-        took, cards = _timed(engine, partial(judge.score_many, pairs if attempt else pairs[:1]))
-        seconds += [took] if attempt else []  # the first, on one response, warms up
+        if row != "one_pass":
+            took, read = _one_pass(yardstick, rubric, some, chunk)
+            beside += [took] if attempt else []
+        took, cards = _timed(engine, partial(judge.score_many, some))
+        seconds += [took] if attempt else []
+        if attempt:
+            note = f", one pass beside it {beside[-1]:.1f} s" if beside else ""
+            say(f"{ROWS[row]}, run {attempt} of {repeats}: {took:.1f} s{note}")
     out = {"responses": len(pairs), "asked": sum(v.status != "failed" for c in cards for v in c.verdicts)}
     out |= {"settled": len(pairs) * len(rubric.questions), "seconds": seconds, "tokens": sum(c.tokens for c in cards)}
-    return out, cards
+    return out | {"beside": beside or seconds, "beside_tokens": read or out["tokens"]}, cards
 
 
 def _compare(cards: Sequence[Any], folder: Path) -> dict[str, Any]:
@@ -385,15 +411,18 @@ def bench_judge(
     rows: Sequence[str] = (),  # names in ROWS; () = all this engine can
     repeats: int = 3,  # timed runs per row; the baseline runs once
     baseline_responses: int = 0,  # responses the baseline answers, spread over the lengths; 0 = all
-    chunk: int = 12,  # questions per forward pass
+    chunk: int = 24,  # questions per forward pass
     sizes: Sequence[int] = (),  # batch sizes tried for the baseline; () = as fits the device
     say: Callable[[str], None] = lambda line: None,  # progress
+    yardstick: HFEngine | None = None,  # runs one pass beside the row vllm, same weights and precision
 ) -> list[dict[str, Any]]:
     "Measure the rows, write the record, and return its table. Raises `UserError` for a row the engine cannot do."
     here = isinstance(engine, HFEngine)
     can = [r for r in ROWS if (r != "vllm") == here]
     if wrong := [r for r in rows if r not in can]:
         raise UserError(f"engine {engine.spec} has no row {wrong[0]!r}: choose from {', '.join(can)}")
+    if not here and yardstick is None:
+        raise UserError(f"beside the row of {engine.spec} runs one pass: give yardstick, its weights in transformers")
     folder, k = Path(out), min(baseline_responses or len(pairs), len(pairs))
     record = _open(folder, _plan(engine, rubric, pairs, chunk))
     todo = [r for r in can if r in (rows or can) and r not in record["rows"]]
@@ -403,9 +432,10 @@ def bench_judge(
             sizes = sizes or ((8, 32, 128) if engine.model.device.type == "cuda" else (1, 4, 16))
             new = _baseline(engine, rubric, pairs, _spread(len(pairs), k), folder, sizes, say)
         else:
-            new, cards = _judged(engine, rubric, pairs, row, repeats, chunk)
+            new, cards = _judged(engine, yardstick or engine, rubric, pairs, row, repeats, chunk, say)
             new |= _compare(cards, folder)
         if peak:
+            peak = max(peak, matmul_peak(str(engine.model.device), _compute(engine)))
             done = 2 * _linear_size(engine.model) * new["tokens"] / statistics.median(new["seconds"])
             new |= {"peak": peak, "peak_share": done / peak}
         record["rows"][row] = {**new, "circumstances": _circumstances(engine)}
@@ -423,21 +453,37 @@ def bench_table(
 ) -> list[dict[str, Any]]:
     "One row per way of judging, None where nothing was measured."
     base = record["rows"].get("per_question")
+    if base:  # one pass over the baseline, on the same responses
+        faster, fewer = (
+            statistics.median(base["seconds"]) / statistics.median(base["beside"]),
+            base["tokens"] / base["beside_tokens"],
+        )
     out = []
     for name, title in ROWS.items():
         r = record["rows"].get(name)
         keys = ("responses", "asked", "settled", "tokens", "same_label", "difference", "peak_share")
         row: dict[str, Any] = {"row": title, "measured": r is not None, **{k: r.get(k) if r else None for k in keys}}
         row |= dict.fromkeys(
-            ("seconds", "questions_per_s", "settled_per_s", "ratio", "ratio_settled", "limit", "reached")
+            (
+                "seconds",
+                "questions_per_s",
+                "settled_per_s",
+                "times_one_pass",
+                "ratio",
+                "ratio_settled",
+                "limit",
+                "reached",
+            )
         )
         if r:
             row["seconds"] = seconds = statistics.median(r["seconds"])
             row |= {"questions_per_s": r["asked"] / seconds, "settled_per_s": r["settled"] / seconds}
+        if r:
+            row["times_one_pass"] = statistics.median(b / s for b, s in zip(r["beside"], r["seconds"], strict=True))
         if r and base:
-            rate = base["asked"] / statistics.median(base["seconds"])
-            row |= {"ratio": row["questions_per_s"] / rate, "ratio_settled": row["settled_per_s"] / rate}
-            row["limit"] = (base["tokens"] / base["asked"]) / (r["tokens"] / r["settled"])
+            row["ratio_settled"] = faster * row["times_one_pass"]
+            row["ratio"] = row["ratio_settled"] * r["asked"] / r["settled"]
+            row["limit"] = fewer * r["beside_tokens"] / r["tokens"]
             row["reached"] = row["ratio_settled"] / row["limit"]
         out.append(row)
     return out
@@ -548,7 +594,7 @@ def bench_memory(
     out: Path | str | None = None,  # folder of a record to add to
     rubric: str = "hhh",  # shipped name or path
     tokens: int = 2000,  # length of the response
-    chunk: int = 12,  # questions per forward pass
+    chunk: int = 24,  # questions per forward pass
 ) -> dict[str, Any]:
     "Bytes at rest and at the peak, with one question and with all; size of the shared cache; ratio of the peaks."
     n = len(load_rubric(rubric).questions)
@@ -593,7 +639,7 @@ def bench_scaling(
     at: int = 400,  # length at which the number of questions varies, tokens
     few: int = 24,  # most questions the baseline is asked
     batch: int = 4,  # sequences per forward pass of the baseline
-    chunk: int = 12,  # questions per forward pass of the one pass
+    chunk: int = 24,  # questions per forward pass of the one pass
     repeats: int = 3,  # timed runs, of which the median counts
     say: Callable[[str], None] = lambda line: None,  # progress
 ) -> list[dict[str, Any]]:
@@ -676,7 +722,7 @@ def run_bench(
     responses: int = 12,
     baseline_responses: int = 0,  # responses the baseline answers; 0 = all
     repeats: int = 3,  # timed runs per row
-    chunk: int = 12,  # questions per forward pass
+    chunk: int = 24,  # questions per forward pass
     parts: Sequence[str] = ("judge", "scaling", "memory"),
     say: Callable[[str], None] = lambda line: None,  # progress
 ) -> dict[str, Any]:
@@ -687,7 +733,8 @@ def run_bench(
     pairs = bench_pairs(engine.tokenizer, responses)
     record = _open(folder, _plan(engine, rubric, pairs, chunk))
     if "judge" in parts:
-        bench_judge(engine, rubric, pairs, folder, (), repeats, baseline_responses, chunk, say=say)
+        same = None if isinstance(engine, HFEngine) else _load(spec.removeprefix("vllm:"), quantization)
+        bench_judge(engine, rubric, pairs, folder, (), repeats, baseline_responses, chunk, say=say, yardstick=same)
     if isinstance(engine, HFEngine):
         record = json.loads((folder / "bench.json").read_text(encoding="utf-8"))
         if "scaling" in parts and "scaling" not in record:

@@ -9,6 +9,7 @@ __all__ = ['Answer', 'Chat', 'Segment', 'EngineError', 'Usage', 'Writer', 'Engin
 
 # %% ../nbs/03_engine.ipynb #c16833a3
 import contextlib
+import contextvars
 import functools
 import hashlib
 import io
@@ -456,6 +457,79 @@ def frame_of(
     return head, tail
 
 # %% ../nbs/03_engine.ipynb #04d3c5ca
+_PLAIN = ("llama", "mistral", "qwen2", "qwen3")  # families whose attention is a softmax over all that is seen, no more
+_NEAR = 96  # tokens of neighbouring branches that share a mask, at least
+_SPLIT = "qalign_split"  # name of the attention in transformers
+
+
+def _splits(model: Any) -> bool:
+    "Whether attention may be computed in two parts: a plain family with SDPA and no window, on a CPU."
+    c = model.config
+    plain = c.model_type in _PLAIN and not getattr(c, "sliding_window", None)
+    return plain and c._attn_implementation == "sdpa" and model.device.type == "cpu"
+
+
+@dataclass
+class _Split:
+    "What the attention of one forward pass needs beside queries, keys and values."
+
+    layers: Any  # of the cache: keys and values of the prefixes [rows, key heads, width, head size]
+    lens: list[int]  # tokens of each row's prefix
+    near: list[tuple[int, int, Any]]  # runs of whole branches: start, end, mask to add [1, 1, shared·n, n]
+
+
+_split: contextvars.ContextVar[_Split] = contextvars.ContextVar("split")
+
+# %% ../nbs/03_engine.ipynb #1191456b
+def _split_attention(
+    module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float | None = None, **kwargs: Any
+) -> tuple[Any, None]:
+    "Attention of packed branches to their prefix and to themselves; called by transformers once per layer."
+    import torch
+
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    plan, (rows, heads, n, size), groups = _split.get(), query.shape, key.shape[1]
+    layer, shared = plan.layers[module.layer_idx], heads // groups
+    far, far_sum = torch.empty_like(query), query.new_empty(rows, heads, n, dtype=torch.float32)
+    for r, length in enumerate(plan.lens):
+        keys, values = (x[r : r + 1, :, :length] for x in (layer.keys, layer.values))
+        stacked = query[r : r + 1].reshape(1, groups, shared * n, size)
+        out, total = flash(stacked, keys, values, 0.0, False, attn_mask=None, scale=scaling)
+        far[r], far_sum[r] = out.reshape(heads, n, size), total.reshape(heads, n)
+    joined = query.new_empty(rows, n, heads, size)
+    for a, b, seen in plan.near:
+        stacked = query[:, :, a:b].reshape(rows, groups, shared * (b - a), size)
+        out, total = flash(stacked, key[:, :, a:b], value[:, :, a:b], 0.0, False, attn_mask=seen, scale=scaling)
+        out, total = out.reshape(rows, heads, b - a, size), total.reshape(rows, heads, b - a)
+        weight = (far_sum[:, :, a:b] - total).sigmoid()[..., None]
+        joined[:, a:b] = torch.lerp(out.float(), far[:, :, a:b].float(), weight).transpose(1, 2)
+    return joined, None
+
+
+@contextlib.contextmanager
+def _in_two_parts(model: Any, cache: Any, lens: list[int], starts: list[int], sees: Any) -> Iterator[None]:
+    "Within, the model's attention is `_split_attention` over the cache, which stays as it is."
+    import torch
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(_SPLIT, _split_attention)
+    config, near, n = model.config, [], len(sees)
+    shared = config.num_attention_heads // config.num_key_value_heads
+    while starts:
+        a = starts[0]
+        starts = [x for x in starts if x >= a + _NEAR]
+        b = starts[0] if starts else n
+        add = torch.zeros(b - a, b - a, dtype=model.dtype).masked_fill(~sees[a:b, a:b], -math.inf)
+        near.append((a, b, add.repeat(shared, 1)[None, None]))
+    token, before = _split.set(_Split(cache.layers, lens, near)), config._attn_implementation
+    config._attn_implementation = _SPLIT
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+        _split.reset(token)
+
+# %% ../nbs/03_engine.ipynb #1b7457c0
 @dataclass
 class HFEngine:
     "A transformers causal model in this process."
@@ -674,17 +748,20 @@ class HFEngine:
             some = asked[start : start + work.chunk]
             packed, depths, sees, reads, paths = _pack([work.branches[i] for i in some])
             n = len(packed)
-            branch_mask = sees.to(device)[None].expand(len(rows), -1, -1)
-            mask = torch.cat([real[:, None, :].expand(-1, n, -1), branch_mask], -1)
-            logits = self.model(
-                input_ids=torch.tensor([packed], device=device).expand(len(rows), -1),
-                position_ids=lens[:, None] + torch.tensor([depths], device=device),
-                attention_mask=mask[:, None],
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=torch.tensor(reads, device=device),
-            ).logits.float()
-            cache.crop(-n)
+            inputs = {
+                "input_ids": torch.tensor([packed], device=device).expand(len(rows), -1),
+                "position_ids": lens[:, None] + torch.tensor([depths], device=device),
+                "logits_to_keep": torch.tensor(reads, device=device),
+            }
+            if _splits(self.model):
+                starts = [j for j, depth in enumerate(depths) if not depth]
+                with _in_two_parts(self.model, cache, lens.tolist(), starts, sees):
+                    logits = self.model(**inputs, use_cache=False).logits.float()
+            else:
+                mask = torch.cat([real[:, None].expand(-1, n, -1), sees.to(device)[None].expand(len(rows), -1, -1)], -1)
+                inputs |= {"attention_mask": mask[:, None], "past_key_values": cache}
+                logits = self.model(**inputs, use_cache=True).logits.float()
+                cache.crop(-n)
             at = torch.tensor([edge for branch in paths for path in branch for edge in path], device=device)
             edges = (logits[:, at[:, 0], at[:, 1]] - logits.logsumexp(-1)[:, at[:, 0]]).tolist()
             for r, values in zip(rows, edges, strict=True):

@@ -274,7 +274,7 @@ class Judge:
     engine: Engine
     scores: str = "hard"  # hard: arg-max labels · expected: label probabilities
     max_failed: float = 0.05  # largest share of failed verdicts that is still scored
-    chunk: int = 12  # questions per forward pass
+    chunk: int = 24  # questions per forward pass
     mode: str = "direct"  # direct: the label right away · reasoned: a sentence first
     layout: str = "response_first"  # response_first: questions branch off it · rubric_first: they stand before it
     gates_first: bool = True  # skip graded questions whose gate failed; they cannot change a hard score

@@ -150,7 +150,7 @@ def test_rows_agree_with_the_baseline(record: dict[str, Any]) -> None:
     table = dict(zip(ROWS, bench_table(record), strict=True))
     for name in ("one_pass", "gates_first"):
         assert table[name]["same_label"] == 1 and table[name]["difference"] < 1e-4
-    assert (table["per_question"]["ratio"], table["per_question"]["reached"]) == (1, 1)
+    assert (table["per_question"]["ratio"], table["per_question"]["reached"]) == pytest.approx((1, 1))
     assert not table["vllm"]["measured"] and table["vllm"]["seconds"] is None
     assert table["one_pass"]["limit"] > 1
     n = 3 * len(TINY.questions)
@@ -222,17 +222,18 @@ class Stub:
 
 
 def test_settled_counts_what_a_failed_gate_makes_pointless(pairs: list[tuple[str, str]]) -> None:
-    row, cards = bench._judged(Stub(), TINY, pairs, "gates_first", 1, 12)
+    row, cards = bench._judged(Stub(), Stub(), TINY, pairs, "gates_first", 1, 12, print)
     assert row["asked"] == 3 * len(TINY.gates) and row["settled"] == 3 * len(TINY.questions)
     assert row["tokens"] == 21 and len(cards) == 3
-    row, _ = bench._judged(Stub(), TINY, pairs, "one_pass", 1, 12)
+    row, _ = bench._judged(Stub(), Stub(), TINY, pairs, "one_pass", 1, 12, print)
     assert row["asked"] == row["settled"] == 3 * len(TINY.questions)
 
 
 def test_vllm_starts_each_run_with_an_empty_cache(pairs: list[tuple[str, str]]) -> None:
     stub = Stub()
-    row, _ = bench._judged(stub, TINY, pairs, "vllm", 3, 12)
-    assert stub.resets == 4 and len(row["seconds"]) == 3
+    row, _ = bench._judged(stub, Stub(), TINY, pairs, "vllm", 3, 12, print)
+    assert stub.resets == 4 and len(row["seconds"]) == len(row["beside"]) == 3
+    assert row["tokens"] == row["beside_tokens"] == 21
 
 
 def test_bad_input_is_one_line(engine: HFEngine, tmp_path: Path, pairs: list[tuple[str, str]]) -> None:
