@@ -320,9 +320,9 @@ def test_checks_change_what_they_say() -> None:
         engine.calls.clear()
         ask_again(engine, RUBRIC, PAIRS, how, WORDING)
         seen[how] = list(engine.calls)
-    assert seen["retest"] == seen["layout"] == seen["paraphrase"] == [(10, 9, 12)]
-    assert seen["order"] == [(10, 9, 5)] and seen["alone"] == [(1, 9, 12)] * 10
-    assert seen["padded"] == [(4, 9, 12)] * 3 + [(2, 9, 12)]  # three and a long neighbour, one and a long neighbour
+    assert seen["retest"] == seen["layout"] == seen["paraphrase"] == [(10, 9, 24)]
+    assert seen["order"] == [(10, 9, 5)] and seen["alone"] == [(1, 9, 24)] * 10
+    assert seen["padded"] == [(4, 9, 24)] * 3 + [(2, 9, 24)]  # three and a long neighbour, one and a long neighbour
 
 
 def test_words_are_seen_by_a_judge_that_reads_words() -> None:
