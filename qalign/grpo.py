@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,10 @@ from qalign.core import (
 from .engine import quiet, unpacked
 from .judge import Judge
 from .memory import dry_step
-from .monitor import Monitor, canary_numbers, progress_line, saturated
+from .monitor import Alarm, Monitor, canary_numbers, progress_line, saturated
+from .processes import Elsewhere, by_first, first, gathered, together, world_size
 from .prompts import Prompt
-from .reward import RubricReward
+from .reward import RewardRecord, RubricReward, batch_metrics
 from .rubric import Rubric
 from .sft import common_arguments
 
@@ -48,9 +50,17 @@ from .sft import common_arguments
 def micro_batch(
     settings: Settings,
 ) -> int:
-    "Completions per backward pass: the largest divisor of a step's completions up to `settings.micro_batch`."
-    total = settings.prompts_per_step * settings.group_size
-    return next(n for n in range(min(settings.micro_batch, total), 0, -1) if total % n == 0)
+    "Completions per backward pass: the largest divisor of a process's share of a step up to `settings.micro_batch`."
+    share = _share(settings)
+    return next(n for n in range(min(settings.micro_batch, share), 0, -1) if share % n == 0)
+
+
+def _share(settings: Settings) -> int:
+    "Completions of a step that are one process's. Raises `UserError` if they cannot be shared evenly."
+    total, many = settings.prompts_per_step * settings.group_size, world_size()
+    if total % many:
+        raise UserError(f"a step has {total} completions, {many} processes cannot share them: change prompts_per_step")
+    return total // many
 
 # %% ../nbs/12_grpo.ipynb #92e8bb79
 def prompt_order(
@@ -75,11 +85,11 @@ _Told = dict[str, tuple[Any, str]]  # argument -> value, reason
 
 def _from_settings(s: Settings) -> _Told:
     "The arguments that follow the settings."
-    total, micro = s.prompts_per_step * s.group_size, micro_batch(s)
+    share, micro = _share(s), micro_batch(s)
     return {
         "per_device_train_batch_size": (micro, "micro_batch, cut to a divisor of the step"),
-        "gradient_accumulation_steps": (total // micro, "one step is prompts_per_step × group_size completions"),
-        "steps_per_generation": (total // micro * s.steps_per_generation, "TRL counts micro-batches"),
+        "gradient_accumulation_steps": (share // micro, "one step is prompts_per_step × group_size completions"),
+        "steps_per_generation": (share // micro * s.steps_per_generation, "TRL counts micro-batches"),
         "num_generations": (s.group_size, "the paper's group"),
         "num_iterations": (s.num_iterations, "on policy"),
         "max_steps": (s.grpo_steps, "the paper's 100 steps are one epoch"),
@@ -129,6 +139,7 @@ def _fixed() -> _Told:
         "log_completions": (False, "it keeps only its last batch; traces.jsonl keeps all"),
         "logging_nan_inf_filter": (False, "it would hide a loss that is not a number"),
         "restore_callback_states_from_checkpoint": (False, "a checkpoint holds the monitor's state itself"),
+        "ddp_find_unused_parameters": (False, "every pass uses the whole adapter"),
     }
 
 
@@ -222,15 +233,22 @@ def run_identity(
     "What decides the outcome of GRPO: a checkpoint is taken up only if all of it is equal."
     keys = {k: v for k, v in settings.to_dict().items() if k not in _FREE and not k.startswith(_FREE_STARTS)}
     who = {"rubric": rubric.version, "prompts": content_hash([[p.id, p.text] for p in prompts])}
-    return keys | {"rubric version": who["rubric"], "prompts": who["prompts"], "start adapter": _start_hash(model)}
+    who = {"rubric version": who["rubric"], "prompts": who["prompts"], "start adapter": _start_hash(model)}
+    return keys | who | {"processes": world_size()}  # each draws random numbers of its own
+
+
+def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    "The first key in which two identities differ, with both values."
+    old = {"processes": 1, **old}  # not written by those who were alone
+    keys = [k for k in dict.fromkeys([*new, *old]) if old.get(k) != new.get(k)]
+    return (keys[0], old.get(keys[0], "not there"), new.get(keys[0], "not there")) if keys else None
 
 
 def _same(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     "Raise `UserError` that names the first difference between two identities."
-    for key in dict.fromkeys([*new, *old]):
-        if old.get(key) != new.get(key):
-            was, now = old.get(key, "not there"), new.get(key, "not there")
-            raise UserError(f"cannot resume: {key} was {was}, now {now}: resume as it began, or give another folder")
+    if found := _difference(old, new):
+        key, was, now = found
+        raise UserError(f"cannot resume: {key} was {was}, now {now}: resume as it began, or give another folder")
 
 # %% ../nbs/12_grpo.ipynb #2e2e4f37
 def _digest(path: Path) -> str:
@@ -343,10 +361,10 @@ class _Session:
 # %% ../nbs/12_grpo.ipynb #6c566173
 def _begin(s: _Session, step: int) -> None:
     "Before a step: ask the canaries if it is time, then start the clock."
-    every, s.canary = s.settings.canary_steps, {}
-    if s.canaries is not None and every and step % every == 0:
+    every, s.canary, ask = s.settings.canary_steps, {}, s.canaries
+    if ask is not None and every and step % every == 0:
         with _undisturbed():
-            s.canary = canary_numbers(list(s.canaries()))
+            s.canary = by_first(lambda: canary_numbers(list(ask())))
     s.spent, s.began = {}, time.perf_counter()
 
 
@@ -368,26 +386,39 @@ def _undisturbed() -> Iterator[None]:
 def _end(s: _Session, row: Mapping[str, Any]) -> bool:
     "After a step: write its records, say what is to be said; True if a rule ends the run."
     step = int(row["step"])
-    for key in ("loss", "grad_norm"):
-        if key in row and not math.isfinite(row[key]):
-            raise UserError(f"the {key} is not a number at step {step}: lower lr, or raise group_size")
-    fresh = s.reward.last if s.reward.step == step else []  # empty if the step used completions again
-    for r in fresh:
-        append_jsonl(s.folder / "traces.jsonl", r.to_dict() | {"step": step})
+    mine = s.reward.last if s.reward.step == step else []  # empty if the step used completions again
+    shares = gathered((row, mine))
+    row, fresh = shares[0][0], [r for _, records in shares for r in records]
+    by_first(lambda: _finite(row))
     numbers = {name: row[key] for key, name in _FROM_TRL.items() if row.get(key) is not None}
-    scores = s.reward.metrics() if fresh else {}
+    scores = batch_metrics(fresh) if fresh else {}
     tokens = scores.pop("judge_tokens", None)  # a cost, like time: fewer where a cache already knew the answers
     out = {"step": step, **scores, **numbers, **s.canary}
     spoken = s.monitor.add(out, saturated(fresh))
+    by_first(lambda: _write(s, out, fresh, spoken, tokens or 0.0))
+    s.step = step
+    return any(a.stop for a in spoken)
+
+
+def _finite(row: Mapping[str, Any]) -> None:
+    for key in ("loss", "grad_norm"):
+        if key in row and not math.isfinite(row[key]):
+            raise UserError(f"the {key} is not a number at step {row['step']}: lower lr, or raise group_size")
+
+
+def _write(
+    s: _Session, row: dict[str, Any], records: Sequence[RewardRecord], spoken: Sequence[Alarm], tokens: float
+) -> None:
+    "The records of a step, then what is said of it."
+    for r in records:
+        append_jsonl(s.folder / "traces.jsonl", r.to_dict() | {"step": row["step"]})
     for a in spoken:
         append_jsonl(s.folder / "alarms.jsonl", a.to_dict())
-    _times(s, step, tokens or 0.0)
-    s.log(out)
-    s.step = step
-    s.say(progress_line(out, s.settings.grpo_steps, s.phases))
+    _times(s, row["step"], tokens)
+    s.log(row)
+    s.say(progress_line(row, s.settings.grpo_steps, s.phases))
     for a in spoken:
         s.say(a.text)
-    return any(a.stop for a in spoken)
 
 
 def _times(s: _Session, step: int, tokens: float) -> None:
@@ -408,8 +439,7 @@ def _watch(session: _Session) -> Any:
             _begin(session, state.global_step)
 
         def on_log(self, args, state, control, logs=None, **kwargs):
-            ended = "loss" in (logs or {}) and state.is_world_process_zero
-            if ended and _end(session, {**(logs or {}), "step": state.global_step}):
+            if "loss" in (logs or {}) and _end(session, {**(logs or {}), "step": state.global_step}):
                 control.should_training_stop = True
             return control
 
@@ -446,8 +476,9 @@ def _trainer_class() -> type:
                 return super()._calculate_rewards(*args)
 
         def _save(self, output_dir=None, state_dict=None):
-            chosen = {"state_dict": state_dict, "selected_adapters": ["default"]}
-            self.accelerator.unwrap_model(self.model).save_pretrained(output_dir, **chosen)
+            if self.args.should_save:  # this is called in every process
+                chosen = {"state_dict": state_dict, "selected_adapters": ["default"]}
+                self.accelerator.unwrap_model(self.model).save_pretrained(output_dir, **chosen)
 
         def _save_checkpoint(self, model, trial):
             _save(self, lambda: Trainer._save_checkpoint(self, model, trial))
@@ -466,27 +497,35 @@ _KEEP = 2  # checkpoints that are kept
 def _save(trainer: Any, write: Callable[[], None]) -> None:
     "Write a checkpoint whole or not at all. Raises `UserError` if it cannot be written."
     step, start, root = trainer.state.global_step, time.perf_counter(), Path(trainer.args.output_dir)
-    first, wait, trainer.place = trainer.args.should_save, trainer.accelerator.wait_for_everyone, str(root / ".saving")
+    session, place = trainer.session, str(root / ".saving")
+    trainer.place = place
     try:
-        if first:
-            shutil.rmtree(trainer.place, ignore_errors=True)
-        wait()
-        write()
-        wait()
-        if first:
-            _publish(trainer.session, root, step)
+        by_first(lambda: shutil.rmtree(place, ignore_errors=True))
+        if _cut_up(trainer):  # the processes write together: one that fails takes its process down
+            write()
+        else:
+            together(lambda: _written(step, write))
+        by_first(lambda: _written(step, lambda: _publish(session, root, step)))
+    finally:
+        trainer.place = ""
+        if first():
+            shutil.rmtree(place, ignore_errors=True)
+    session.saved = step
+    row = {"stage": "grpo/save", "step": step, "seconds": round(time.perf_counter() - start, 3)}
+    by_first(lambda: append_jsonl(session.folder / "timings.jsonl", row))
+
+
+def _written(step: int, work: Callable[[], None]) -> None:
+    try:
+        work()
     except Exception as e:
         why = f"{type(e).__name__}: {(str(e) or 'no message').splitlines()[0]}"
         raise UserError(f"the checkpoint of step {step} could not be written ({why}): is the disk full?") from e
-    finally:
-        if first:
-            shutil.rmtree(trainer.place, ignore_errors=True)
-        trainer.place = ""
-    trainer.session.saved = step
-    if first:
-        seconds = round(time.perf_counter() - start, 3)
-        row = {"stage": "grpo/save", "step": step, "seconds": seconds}
-        append_jsonl(trainer.session.folder / "timings.jsonl", row)
+
+
+def _cut_up(trainer: Any) -> bool:
+    "Whether the weights lie in pieces in several processes: FSDP or DeepSpeed."
+    return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
 
 
 def _publish(s: _Session, root: Path, step: int) -> None:
@@ -506,7 +545,8 @@ def _one_line(s: _Session) -> Iterator[None]:
         yield
     except (UserError, OSError) as e:
         left = f"the checkpoint of step {s.saved} stands" if s.saved else "there is no checkpoint yet"
-        raise UserError(f"GRPO stopped in step {s.step + 1}: {str(e).splitlines()[0]} ({left})") from e
+        kind = Elsewhere if isinstance(e, Elsewhere) else UserError
+        raise kind(f"GRPO stopped in step {s.step + 1}: {str(e).splitlines()[0]} ({left})") from e
 
 
 def _take_up(
@@ -530,9 +570,14 @@ def _take_up(
 
 # %% ../nbs/12_grpo.ipynb #b658368c
 def _trainer(
-    model: Any, tokenizer: Any, prompts: Sequence[Prompt], s: _Session, callbacks: Sequence[Any], rollout: Any
+    model: Any,
+    tokenizer: Any,
+    args: Any,
+    prompts: Sequence[Prompt],
+    s: _Session,
+    callbacks: Sequence[Any],
+    rollout: Callable[..., dict[str, Any]] | None,
 ) -> Any:
-    quiet()
     from datasets import Dataset, disable_progress_bars
     from transformers import PrinterCallback
 
@@ -542,16 +587,45 @@ def _trainer(
     rows = [{"prompt": [{"role": "user", "content": p.text}], "prompt_id": p.id} for p in prompts]
     trainer = _trainer_class()(
         model=model,
-        args=grpo_arguments(s.settings, s.folder / "trainer"),
-        reward_funcs=s.reward,
+        args=args,
+        reward_funcs=_agreed(s.reward),
         train_dataset=Dataset.from_list(rows).select(prompt_order(len(rows), s.settings)),
         processing_class=tokenizer,
         callbacks=[_watch(s), *callbacks],
-        rollout_func=rollout,
+        rollout_func=None if rollout is None else partial(_generated, rollout),
     )
     trainer.session = s
     trainer.remove_callback(PrinterCallback)
+    _readable(trainer)
     return trainer
+
+
+def _agreed(reward: RubricReward) -> Callable[..., Any]:
+    "The reward function, whose error in one process ends all of them."
+
+    def rubric_reward(**columns: Any) -> Any:
+        return together(lambda: reward(**columns))
+
+    return rubric_reward
+
+
+def _generated(rollout: Callable[..., dict[str, Any]], prompts: Any, trainer: Any) -> dict[str, Any]:
+    "What the rollout makes of the prompts; its error in one process ends all of them."
+    if _cut_up(trainer):  # a process that fails leaves the others in the middle of a forward pass
+        return rollout(prompts, trainer)
+    return together(lambda: rollout(prompts, trainer))
+
+
+def _readable(trainer: Any) -> None:
+    "Raise `UserError` if a process would have to read, by itself, weights that are cut up."
+    s, engine = trainer.session, getattr(trainer.session.reward.judge, "engine", None)
+    if not _cut_up(trainer):
+        return
+    judged = getattr(engine, "model", None)
+    if judged is not None and any(p is q for p in judged.parameters() for q in trainer.model.parameters()):
+        raise UserError("the policy's base is cut up over the processes and cannot judge: use judge = openai:MODEL@URL")
+    if s.canaries is not None and s.settings.canary_steps:
+        raise UserError("a policy that is cut up over the processes cannot be asked canaries: use canary_steps = 0")
 
 # %% ../nbs/12_grpo.ipynb #f48462aa
 def train_grpo(
@@ -569,12 +643,14 @@ def train_grpo(
     rollout: Callable[..., dict[str, Any]] | None = None,  # TRL's rollout_func; None: transformers generates
 ) -> RubricReward:
     "Train the adapter with the rubric reward; the reward still holds the last records. Raises `UserError`, one line."
-    folder = Path(folder)
+    folder, say = Path(folder), say if first() else _silent
     reward = RubricReward(judge, settings, folder=folder, fill_groups=False)
     if not settings.grpo_steps:
         return reward
+    args = grpo_arguments(settings, folder / "trainer")  # joins the processes
     identity = run_identity(model, judge.rubric, prompts, settings)
-    found = _take_up(folder, identity, resume, say)
+    by_first(partial(_alike, gathered(identity)))
+    found = by_first(lambda: _take_up(folder, identity, resume, say))
     if warning := lr_warning(settings):
         say(warning)
     if settings.canary_steps and canaries is None:
@@ -585,9 +661,20 @@ def train_grpo(
     if found and (session.step >= settings.grpo_steps or monitor.stopped()):
         _read_adapter(model, found[0])  # it had ended: nothing is left to train
         return reward
-    trainer = _trainer(model, tokenizer, prompts, session, callbacks, rollout)
+    trainer = _trainer(model, tokenizer, args, prompts, session, callbacks, rollout)
     with unpacked(model), _one_line(session):
-        if not found:
-            say(f"the worst step that can come: {dry_step(model, settings)}")
+        if not found and not _cut_up(trainer):  # weights that are cut up are whole until training begins
+            say(f"the worst step that can come: {together(lambda: dry_step(model, settings))}")
         trainer.train(resume_from_checkpoint=str(found[0]) if found else None)
     return reward
+
+
+def _silent(line: str) -> None:
+    "What the processes behind the first say."
+
+
+def _alike(everyone: Sequence[Mapping[str, Any]]) -> None:
+    "Raise `UserError` if the processes were not started for the same run."
+    differ = [(k, found) for k, other in enumerate(everyone) if (found := _difference(everyone[0], other))]
+    for k, (key, here, there) in differ[:1]:
+        raise UserError(f"{key} is {here} in process 0, {there} in process {k}: start all processes alike")

@@ -16,6 +16,7 @@ from typing import Any
 
 # %% ../nbs/11a_monitor.ipynb #0b177053
 from .core import Settings, UserError, read_jsonl
+from .processes import first
 from .reward import RewardRecord
 
 # %% ../nbs/11a_monitor.ipynb #66bdcc1e
@@ -280,7 +281,7 @@ def panel_callback(
         def on_step_end(self, args, state, control, **kwargs):
             from IPython.display import display
 
-            if (state.global_step - 1) % every or not (Path(path) / "metrics.jsonl").is_file():
+            if (state.global_step - 1) % every or not first() or not (Path(path) / "metrics.jsonl").is_file():
                 return  # the row of a step is written after this event: the figure is one step behind
             try:
                 figure = live_panel(path)

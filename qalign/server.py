@@ -12,9 +12,11 @@ import json
 import math
 import os
 import re
+import sys
 import threading
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import util
@@ -23,6 +25,7 @@ from typing import Any
 # %% ../nbs/03a_server.ipynb #d2a4d34b
 from .core import UserError
 from .engine import Answer, Chat, EngineError, Segment, Usage, failed, frame_of, normalise, tokens_of
+from .processes import rank
 
 # %% ../nbs/03a_server.ipynb #a207855d
 def _fault(error: Exception) -> str:
@@ -240,10 +243,26 @@ def broken_up(
     return _CONTROL.sub(lambda found: f"{found[0]} ", text)
 
 # %% ../nbs/03a_server.ipynb #6a98c04f
+_PROBE = "Grüße,\n\n  3 + 4 = 7"
+
+
 @dataclass(frozen=True)
 class _Reader:
     tokenizer: Any  # of transformers; the server's own
     longest: float  # tokens the server takes, prompt and reply
+
+    def sample(self) -> list[int]:
+        "Tokens of a text that tells tokenizers and templates apart."
+        return tokens_of(self.tokenizer, [(_PROBE.join(frame_of(self.tokenizer, "Read.")), True)])
+
+
+def _common(readers: Mapping[str, _Reader | None]) -> _Reader | None:
+    "One reader for all servers, by address. Raises `EngineError` if they are not alike."
+    first_url, one = next(iter(readers.items()))
+    for url, other in readers.items():
+        if (one is None) != (other is None) or (one and other and one.sample() != other.sample()):
+            raise EngineError(f"servers {first_url} and {url} read text in different ways: let them serve one model")
+    return one and _Reader(one.tokenizer, min(r.longest for r in readers.values() if r))
 
 
 def _tokenizer(names: Sequence[str]) -> Any:
@@ -282,12 +301,12 @@ async def _reader(server: Any, client: Any) -> _Reader | None:
     names = [server.tokenizer] if server.tokenizer else [str(m.get("root")) for m in chain]
     longest = next((m["max_model_len"] for m in reversed(chain) if m.get("max_model_len")), None)
     reader = _Reader(_tokenizer(names), longest or math.inf)
-    text = "Grüße,\n\n  3 + 4 = 7".join(frame_of(reader.tokenizer, "Read."))
+    text = _PROBE.join(frame_of(reader.tokenizer, "Read."))
     more = {"add_special_tokens": False, "return_token_ids": True}
     reply = await client.completions.create(model=server.model, prompt=text, max_tokens=1, extra_body=more)
     choices = getattr(reply, "choices", None)
     told = getattr(choices[0], "prompt_token_ids", None) if choices else None
-    if told != tokens_of(reader.tokenizer, [(text, True)]):
+    if told != reader.sample():
         raise EngineError("reads text by another tokenizer, or does not say by which: name it after a # in the address")
     return reader
 
@@ -361,7 +380,7 @@ def _batched(
     results = server._run([partial(send, batch) for batch in batches.values()])
     for batch, result in zip(batches.values(), results, strict=True):
         for k, i in enumerate(batch):
-            out[i] = server._said(result) if isinstance(result, Exception) else result[k]
+            out[i] = result if isinstance(result, Exception) else result[k]
     return out
 
 # %% ../nbs/03a_server.ipynb #777a9acb
@@ -403,20 +422,91 @@ async def _first_token(server: Any, row: int, chat: Chat, labels: Sequence[str],
     return probs
 
 # %% ../nbs/03a_server.ipynb #6e5a55af
+class _Shared:
+    "The servers of one call: who is asked next, and who is not asked any more."
+
+    def __init__(self, server: Any, clients: Mapping[str, Any]) -> None:
+        self.server, self.clients = server, clients
+        self.busy = dict.fromkeys(clients, 0)  # requests in flight, by address
+        self.lost = dict.fromkeys(clients, 0)  # requests in a row for which nobody was there
+        self.gate = asyncio.Semaphore(server.parallel * len(clients))
+        self.change = asyncio.Condition()
+
+    def left(self, tried: Mapping[str, EngineError]) -> list[str]:
+        return [url for url in self.clients if url not in tried and url not in self.server.gone]
+
+    def free(self, tried: Mapping[str, EngineError]) -> list[str]:
+        return [url for url in self.left(tried) if self.busy[url] < self.server.parallel]
+
+    async def take(self, tried: Mapping[str, EngineError]) -> str:
+        "The least busy server that was not tried, as soon as one has room; '' if there is none."
+        async with self.change:
+            await self.change.wait_for(lambda: self.free(tried) or not self.left(tried))
+            url = min(self.free(tried), key=lambda url: self.busy[url], default="")
+            if url:
+                self.busy[url] += 1
+        return url
+
+    async def ask(self, ask: Callable[[Any], Awaitable[Any]]) -> Any:
+        "What a request came to: its value or an `EngineError`."
+        from openai import APIConnectionError, OpenAIError
+
+        tried: dict[str, EngineError] = {}
+        async with self.gate:
+            while url := await self.take(tried):
+                try:
+                    value = await ask(self.clients[url])
+                    self.lost[url] = 0
+                    return value
+                except (OpenAIError, ValueError, EngineError) as e:
+                    tried[url] = EngineError(f"server {url} {_fault(e)}")
+                    tried[url].__cause__ = e
+                    if not isinstance(e, APIConnectionError):
+                        return tried[url]
+                    self.lose(url, tried[url])
+                finally:
+                    async with self.change:
+                        self.busy[url] -= 1
+                        self.change.notify_all()
+        return list((tried or self.server.gone).values())[-1]
+
+    def lose(self, url: str, error: EngineError) -> None:
+        "Nobody was there: count it, and take the server out if that is enough."
+        self.lost[url] += 1
+        enough = self.lost[url] >= max(8, 2 * self.server.parallel)
+        if url not in self.server.gone and (enough or (_refused(error) and self.left({url: error}))):
+            self.server.take_out(url, error)
+
+
+def _refused(error: EngineError) -> bool:
+    "Whether nobody listens at the address."
+    import httpx
+
+    reason = error.__cause__ and error.__cause__.__cause__
+    return isinstance(reason, httpx.ConnectError | httpx.ConnectTimeout)
+
+# %% ../nbs/03a_server.ipynb #eaec7705
 @dataclass
 class ServerEngine:
-    "A model behind an OpenAI-compatible server."
+    "A model behind an OpenAI-compatible server, or behind several that share the requests."
 
     model: str  # name the server knows it by
-    base_url: str  # address, with /v1
+    base_url: str  # address, with /v1; several by comma
     tokenizer: str = ""  # folder or hub id of the model's tokenizer; empty: as a vLLM server names it
-    parallel: int = 8  # requests in flight
+    parallel: int = 8  # requests in flight, for each server
     timeout: float = 120.0  # seconds a request may take
     retries: int = 3  # further tries of a request that failed on the way; the client backs off between them
     usage: Usage = field(default_factory=Usage)  # as the server reports it
     tokens_read: list[int] = field(default_factory=list)  # see `Engine`; sent, less what the server had cached
     missed: float = 0.0  # most probability that labels not returned could hold, in the last label_probs
+    gone: dict[str, EngineError] = field(default_factory=dict, repr=False, compare=False)  # servers taken out, and why
     _reads: Any = field(default=None, init=False, repr=False, compare=False)  # what _reader found
+
+    @property
+    def urls(self) -> list[str]:
+        "The addresses; each process of a launcher begins with another one."
+        urls = self.base_url.split(",")
+        return urls[rank() % len(urls) :] + urls[: rank() % len(urls)]
 
     @property
     def spec(self) -> str:
@@ -424,8 +514,9 @@ class ServerEngine:
         return f"openai:{self.model}@{self.base_url}{'#' if self.tokenizer else ''}{self.tokenizer}"
 
     def identity(self) -> dict[str, str]:
-        "The specification; a server does not say which weights it holds."
-        return {"spec": self.spec}
+        "The specification with all addresses in alphabetical order: a server does not say which weights it holds."
+        urls = ",".join(sorted(self.base_url.split(",")))
+        return {"spec": self.spec.replace(self.base_url, urls)}
 
     def complete(
         self,
@@ -449,7 +540,7 @@ class ServerEngine:
         if faults := [r for r in results if isinstance(r, Exception)]:
             came = f"{len(replies)} of {len(results)} replies came"
             kept = [r if isinstance(r, str) else None for r in results]
-            raise EngineError(f"{self._said(faults[0])} ({came})", kept)
+            raise EngineError(f"{faults[0]} ({came})", kept)
         return replies
 
     async def _write(self, chat: Chat, options: dict[str, Any], client: Any) -> str:
@@ -484,7 +575,7 @@ class ServerEngine:
         def ask(places: list[tuple[int, int]]) -> dict[tuple[int, int], Answer]:
             chats = [_chat_of(prefixes[r], suffixes[c]) for r, c in places]
             asks = [partial(_first_token, self, r, chat, labels[c]) for (r, c), chat in zip(places, chats, strict=True)]
-            return dict(zip(places, self._kept(self._run(asks)), strict=True))
+            return dict(zip(places, self._run(asks), strict=True))
 
         if reader := self._reader():
             return ask_labels(reader.tokenizer, prefixes, suffixes, labels, after, score)
@@ -513,51 +604,49 @@ class ServerEngine:
             return _batched(self, prompts, keys, max_tokens, send)
         chats = [_chat_of(prefixes[r], suffixes[c]) for r, c in jobs]
         todo = zip(jobs, chats, strict=True)
-        return self._kept(self._run([partial(_reply, self, r, x, schemas[c], max_tokens) for (r, c), x in todo]))
+        return self._run([partial(_reply, self, r, x, schemas[c], max_tokens) for (r, c), x in todo])
 
-    def _kept(self, results: Sequence[Any]) -> list[Any]:
-        return [self._said(x) if isinstance(x, Exception) else x for x in results]
+    def take_out(
+        self,
+        url: str,
+        error: EngineError,  # why
+    ) -> None:
+        "Ask a server no more, and say so if there are others."
+        self.gone[url] = error
+        why = str(error).removeprefix(f"server {url} ")
+        if others := len(self.urls) - len(self.gone):
+            many = f"{others} other{'s' * (others > 1)}"
+            print(f"server {url} is left out, its requests go to {many}: it {why}", file=sys.stderr, flush=True)
 
     def _reader(self) -> _Reader | None:
-        "What the server is, asked once."
+        "What the servers are, each asked once. Raises `EngineError` if they are not alike."
         if self._reads is None:
-            found = self._run([partial(_reader, self)])[0]
-            if isinstance(found, Exception):
-                raise self._said(found)
-            self._reads = found or "chats"
+            found = {url: self._run([partial(_reader, self)], [url])[0] for url in self.urls}
+            lost = {url: e for url, e in found.items() if isinstance(e, EngineError) and _refused(e)}
+            for url, e in lost.items() if len(lost) < len(found) else ():
+                self.take_out(url, e)
+                del found[url]
+            if faults := [e for e in found.values() if isinstance(e, EngineError)]:
+                raise faults[0]
+            self._reads = _common(found) or "chats"
         return self._reads if isinstance(self._reads, _Reader) else None
 
-    def _said(self, error: Exception) -> EngineError:
-        return EngineError(f"server {self.base_url} {_fault(error)}")
+    def _run(self, asks: Sequence[Callable[[Any], Awaitable[Any]]], urls: Sequence[str] = ()) -> list[Any]:
+        "What each request came to, in order: its value or an `EngineError`."
+        out = _wait(self._all(asks, urls or self.urls))
+        if len(self.gone) == len(self.urls):
+            self.gone.clear()  # the next call asks them again
+        return out
 
-    def _run(self, asks: Sequence[Callable[[Any], Awaitable[Any]]]) -> list[Any]:
-        "What each request came to, in order: its value or an exception."
-        return _wait(self._all(asks))
+    async def _all(self, asks: Sequence[Callable[[Any], Awaitable[Any]]], urls: Sequence[str]) -> list[Any]:
+        from openai import AsyncOpenAI
 
-    async def _all(self, asks: Sequence[Callable[[Any], Awaitable[Any]]]) -> list[Any]:
-        from openai import APIConnectionError, AsyncOpenAI, OpenAIError
-
-        gate = asyncio.Semaphore(self.parallel)
         key = os.environ.get("OPENAI_API_KEY") or "none"
-        lost: list[Exception] = []  # requests in a row for which nobody was there
-
-        async def one(client: Any, ask: Callable[[Any], Awaitable[Any]]) -> Any:
-            async with gate:
-                if len(lost) >= max(8, 2 * self.parallel):
-                    return lost[-1]
-                try:
-                    value = await ask(client)
-                except (OpenAIError, ValueError, EngineError) as e:
-                    if isinstance(e, APIConnectionError):
-                        lost.append(e)
-                    return e
-                lost.clear()
-            return value
-
-        async with AsyncOpenAI(
-            base_url=self.base_url, api_key=key, timeout=self.timeout, max_retries=self.retries
-        ) as client:
-            return list(await asyncio.gather(*(one(client, ask) for ask in asks)))
+        options: dict[str, Any] = {"api_key": key, "timeout": self.timeout, "max_retries": self.retries}
+        async with AsyncExitStack() as stack:
+            clients = {u: await stack.enter_async_context(AsyncOpenAI(base_url=u, **options)) for u in urls}
+            shared = _Shared(self, clients)
+            return list(await asyncio.gather(*(shared.ask(ask) for ask in asks)))
 
 # %% ../nbs/03a_server.ipynb #2ebf9fac
 def repeat_seeds(
@@ -574,13 +663,16 @@ def repeat_seeds(
 
 # %% ../nbs/03a_server.ipynb #25a2f9a2
 def load_server(
-    spec: str,  # openai:MODEL@BASE_URL, or openai:MODEL@BASE_URL#TOKENIZER
+    spec: str,  # openai:MODEL@BASE_URL, or openai:MODEL@URL1,URL2#TOKENIZER
 ) -> ServerEngine:
     "The engine for a specification. Raises `UserError` if it is not of that form."
-    model, at, url = spec.removeprefix("openai:").partition("@")
-    if not spec.startswith("openai:") or not model or not at or not url.startswith(("http://", "https://")):
-        raise UserError(f"expected openai:MODEL@BASE_URL with an http address, got {spec!r}")
+    model, _, rest = spec.removeprefix("openai:").partition("@")
+    listed, _, tokenizer = rest.partition("#")
+    urls = [url.strip().rstrip("/") for url in listed.split(",")]
+    if not spec.startswith("openai:") or not model or not all(u.startswith(("http://", "https://")) for u in urls):
+        raise UserError(f"expected openai:MODEL@BASE_URL with an http address, or several by comma, got {spec!r}")
+    if len(set(urls)) < len(urls):
+        raise UserError(f"an address stands twice in {spec!r}: one for each server")
     if not util.find_spec("openai"):
         raise UserError("a server needs the openai client: pip install openai")
-    url, _, tokenizer = url.partition("#")
-    return ServerEngine(model, url.rstrip("/"), tokenizer)
+    return ServerEngine(model, ",".join(urls), tokenizer)

@@ -250,3 +250,7 @@ def test_the_callback_refreshes_one_display(tmp_path, monkeypatch):
     for state in steps:
         panel.on_step_end(None, state, None)
     assert shown == ["display", "update", "update"]
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    panel.on_step_end(None, steps[0], None)  # the first process draws
+    assert len(shown) == 3

@@ -18,6 +18,7 @@ from qalign.judge import Scorecard
 from qalign.pool import GRADE, pool
 from qalign.reward import (
     RubricReward,
+    batch_metrics,
     credit_rows,
     fill_unscored,
     final_reward,
@@ -281,7 +282,8 @@ def test_metrics_against_records():
     known = [h for h in harm if h is not None]
     assert numbers["draft/harmlessness"] == pytest.approx(sum(known) / len(known))
     assert all(v is None or math.isfinite(v) for v in numbers.values()) and json.dumps(numbers)
-    assert set(f.last[0].to_dict()) == {"prompt_id", "prompt", "completion", "r1", "r2", "reward", "problem"}
+    names = {"index", "prompt_id", "prompt", "completion", "r1", "r2", "reward", "problem"}
+    assert set(f.last[0].to_dict()) == names and batch_metrics(f.last) == numbers
 
 
 def test_metrics_of_nothing():
@@ -434,6 +436,67 @@ def test_files_of_steps_calls_and_resumed_runs(tmp_path):
     assert repr(read_credit(run).to_dict("list")) == repr(whole.to_dict("list"))
     resumed(prompts, texts)
     assert resumed.step == 3 and names(run)[-1] == "step-000003.parquet"
+
+
+def as_process(monkeypatch, place, many):
+    monkeypatch.setenv("RANK", str(place))
+    monkeypatch.setenv("WORLD_SIZE", str(many))
+
+
+@pytest.mark.parametrize("many", [2, 3, 4])
+def test_processes_write_the_log_of_one(tmp_path, monkeypatch, many):
+    prompts, texts = batch(broken=(2,), mute=(5,))  # three groups of four, cut into `many` parts
+    alone = RubricReward(RandomJudge(), TINY, tmp_path / "run", fill_groups=False)
+    alone(prompts, texts, step=1)
+    straight, found, part = read_credit(tmp_path / "run"), [], 12 // many
+    for place in range(many):
+        as_process(monkeypatch, place, many)
+        f = RubricReward(RandomJudge(), TINY, tmp_path / "shared" / "run", fill_groups=False)
+        mine = slice(place * part, (place + 1) * part)
+        f(prompts[mine], texts[mine], step=1)
+        found += f.last
+    shared = read_credit(tmp_path / "shared" / "run")
+    assert repr(shared.to_dict("list")) == repr(straight.to_dict("list"))
+    assert [r.index for r in found] == list(range(12)) and batch_metrics(found) == alone.metrics()
+    assert replay(shared, RUBRIC, TINY).same.all()
+
+
+def test_calls_within_a_step_go_on_counting(tmp_path, monkeypatch):
+    prompts, texts = batch()
+    for place in (0, 1):
+        as_process(monkeypatch, place, 2)
+        f = RubricReward(RandomJudge(), TINY, tmp_path / "run", fill_groups=False)
+        for start in (3 * place, 6 + 3 * place):
+            f(prompts[start : start + 3], texts[start : start + 3], step=1)
+            assert [r.index for r in f.last] == list(range(start, start + 3))
+    assert sorted(set(read_credit(tmp_path / "run").completion)) == list(range(12))
+
+
+def test_a_repeated_step_takes_away_its_own_files_and_those_of_no_process_there_is(tmp_path, monkeypatch):
+    prompts, texts = batch(1)
+
+    def call(place, many, step=1):
+        as_process(monkeypatch, place, many)
+        RubricReward(RandomJudge(), TINY, tmp_path / "run", fill_groups=False)(prompts, texts, step=step)
+
+    for place, many, step in ((0, 1, 1), (0, 1, 2), (0, 2, 1), (1, 2, 1)):
+        call(place, many, step)
+    two = ["step-000001.0of2.parquet", "step-000001.1of2.parquet", "step-000002.parquet"]
+    assert names(tmp_path / "run") == two  # the file of the one that was alone is gone
+    call(0, 2)
+    assert names(tmp_path / "run") == two
+    call(2, 3)
+    assert names(tmp_path / "run") == ["step-000001.2of3.parquet", two[2]]
+    call(0, 1)
+    assert names(tmp_path / "run") == ["step-000001.parquet", "step-000002.parquet"]
+
+
+def test_a_split_group_has_no_mean_in_one_process(monkeypatch):
+    as_process(monkeypatch, 1, 2)
+    f = RubricReward(RandomJudge(), TINY)
+    with pytest.raises(UserError, match=r"a group may be split between processes.*use fill_groups=False"):
+        f(*batch())
+    assert f.last == [] and len(f(*batch(), fill=False)) == 12
 
 
 def test_a_failed_call_leaves_no_trace(tmp_path):

@@ -211,6 +211,115 @@ def test_load_engine_hands_on() -> None:
     assert load_server(engine.spec) == engine
 
 
+# several servers
+
+GONE = "http://127.0.0.1:9/v1"
+
+
+def several(*servers: ServerEngine | str, **options: Any) -> ServerEngine:
+    urls = [s if isinstance(s, str) else s.base_url for s in servers]
+    return ServerEngine("m", ",".join(urls), **{"retries": 0, **options})
+
+
+def numbered(body: dict[str, Any]) -> tuple[int, str, bytes]:
+    return completion(f"re {body['messages'][0]['content']}")
+
+
+CHATS = [[{"role": "user", "content": str(i)}] for i in range(24)]
+REPLIES = [f"re {i}" for i in range(24)]
+
+
+def test_a_request_goes_to_the_least_busy_server() -> None:
+    with stand_in(numbered, delay=0.02) as (quick, a), stand_in(numbered, delay=0.2) as (slow, b):
+        both = several(quick, slow, parallel=2)
+        assert both.complete(CHATS) == REPLIES
+    assert len(a) + len(b) == 24 and len(a) > 2 * len(b) >= 4  # the quick one answers more
+    assert (a.most, b.most) == (2, 2) and both.usage.requests == 24
+
+
+def test_a_server_that_died_is_left_out_and_its_requests_go_to_the_others(capsys: Any) -> None:
+    with stand_in(numbered) as (one, a), stand_in(numbered) as (two, b):
+        many = several(GONE, one, two, parallel=3)
+        assert many.complete(CHATS) == REPLIES
+        line = capsys.readouterr().err
+        assert line.count("\n") == 1 and line.endswith("is the address right?\n")
+        assert line.startswith(f"server {GONE} is left out, its requests go to 2 others: it cannot be reached")
+        assert many.complete(CHATS) == REPLIES  # it is not asked again, and nothing is said again
+    assert capsys.readouterr().err == "" and list(many.gone) == [GONE] and len(a) + len(b) == 48
+
+
+def test_a_server_that_dies_between_two_calls(capsys: Any) -> None:
+    with stand_in(numbered) as (one, a):
+        with stand_in(numbered) as (two, b):
+            many = several(two, one, parallel=1)
+            assert many.complete(CHATS[:6]) == REPLIES[:6] and b
+        answered = len(a)
+        assert many.complete(CHATS) == REPLIES  # its port is closed now
+    assert len(a) - answered == 24 and "is left out" in capsys.readouterr().err
+
+
+def test_a_hang_up_is_asked_of_another_and_takes_nobody_out(capsys: Any) -> None:
+    calls = iter(range(100))
+
+    def moody(body: dict[str, Any]) -> Any:
+        return None if next(calls) == 2 else numbered(body)
+
+    with stand_in(moody) as (one, _), stand_in(numbered) as (two, _):
+        many = several(one, two, parallel=1)
+        assert many.complete(CHATS) == REPLIES
+    assert not many.gone and capsys.readouterr().err == ""
+
+
+def test_a_server_that_always_hangs_up_is_left_out_in_the_end(capsys: Any) -> None:
+    with stand_in(None) as (bad, seen), stand_in(numbered, delay=0.05) as (good, _):
+        assert several(bad, good, parallel=1).complete(CHATS) == REPLIES
+    assert len(seen) == 8 and "hung up" in capsys.readouterr().err
+
+
+def test_an_error_is_not_asked_of_another() -> None:
+    full = (400, JSON, b'{"error": {"message": "too long"}}')
+    with stand_in(full) as (one, a), stand_in(full) as (two, b):
+        many = several(one, two)
+        with pytest.raises(EngineError, match=r"status 400.*0 of 1 replies came"):
+            many.complete([CHAT])
+    assert len(a) + len(b) == 1 and not many.gone
+
+
+def test_when_none_is_left_it_is_one_line_and_the_next_call_asks_again(capsys: Any) -> None:
+    many = several(GONE, "http://127.0.0.1:11/v1", parallel=2)
+    with pytest.raises(EngineError, match=r"cannot be reached.*0 of 24 replies came") as caught:
+        many.complete(CHATS)
+    assert "\n" not in str(caught.value) and caught.value.replies == [None] * 24
+    assert capsys.readouterr().err.count("is left out") == 1 and not many.gone
+
+
+def test_a_server_that_is_slow_is_asked_elsewhere() -> None:
+    with stand_in(numbered, delay=1.0) as (slow, a), stand_in(numbered) as (quick, _):
+        assert several(slow, quick, parallel=1, timeout=0.3).complete(CHATS[:3]) == REPLIES[:3]
+    assert 1 <= len(a) <= 3
+
+
+def test_processes_begin_with_different_servers(monkeypatch: Any) -> None:
+    many = several("http://a/v1", "http://b/v1", "http://c/v1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    seen = []
+    for place in range(4):
+        monkeypatch.setenv("RANK", str(place))
+        seen.append(many.urls[0][7])
+    assert "".join(seen) == "abca" and sorted(many.urls) == many.base_url.split(",")
+
+
+def test_the_identity_holds_all_addresses_in_no_order() -> None:
+    one, two = (load_server(f"openai:m@{urls}#t") for urls in ("http://b/v1,http://a/v1", "http://a/v1/, http://b/v1"))
+    assert one.identity() == two.identity() == {"spec": "openai:m@http://a/v1,http://b/v1#t"}
+    assert one.spec == "openai:m@http://b/v1,http://a/v1#t" and load_server(one.spec) == one
+    assert load_server("openai:m@http://a/v1").identity() != one.identity()
+    with pytest.raises(UserError, match="an address stands twice"):
+        load_server("openai:m@http://a/v1,http://a/v1/")
+    with pytest.raises(UserError, match="or several by comma"):
+        load_server("openai:m@http://a/v1,b")
+
+
 # judging
 
 
@@ -365,6 +474,38 @@ def test_a_server_without_a_list_is_one_of_chats(hf: HFEngine, models: Any) -> N
     with stand_in(completion("x"), models=models) as (server, _):
         assert server.frame("Grade.")[0].startswith("Grade.")
         assert server.frame("Grade.") != frame_of(hf.tokenizer, "Grade.")
+
+
+def test_several_vllm_servers_judge_as_one(hf: HFEngine, capsys: Any) -> None:
+    answer = partial(by_vllm, hf)
+    with (
+        stand_in(answer, models=listed(max_model_len=300)) as (one, a),
+        stand_in(answer, models=listed(max_model_len=200)) as (two, b),
+    ):
+        many = several(GONE, one, two, parallel=1)
+        ours = asked(many, chunk=1)
+        assert many._reads.longest == 200
+    assert len(a) > 2 and len(b) > 2 and "is left out" in capsys.readouterr().err
+    for theirs, row in zip(asked(hf), ours, strict=True):
+        for x, y in zip(theirs, row, strict=True):
+            assert max(abs(math.log(x[k] / y[k])) for k in x) < 1e-3
+
+
+@pytest.mark.parametrize("other", ["chats", "template", "model"])
+def test_servers_that_are_not_alike_are_refused(hf: HFEngine, tmp_path: Any, other: str) -> None:
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(str(embedded_model()))
+    theirs.chat_template = theirs.chat_template.replace("assistant", "bot")
+    theirs.save_pretrained(tmp_path)
+    models = {"chats": None, "template": listed(root=str(tmp_path)), "model": listed(id="n")}[other]
+    message = "does not serve 'm'" if other == "model" else "read text in different ways"
+    with (
+        stand_in(partial(by_vllm, hf), models=listed()) as (one, _),
+        stand_in(partial(by_vllm, hf), models=models) as (two, _),
+        pytest.raises(EngineError, match=message),
+    ):
+        several(one, two).frame("Grade.")
 
 
 def test_an_adapter_is_read_with_the_tokenizer_of_its_base(hf: HFEngine, tmp_path: Any) -> None:
