@@ -12,7 +12,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -764,7 +764,7 @@ class _Two:
     kappa: tuple[float | None, ...]  # estimate, low, high; None where it has no value
     n: int  # rows on which both judged an answer
     differ: tuple[str, ...]  # ids of the rows on which they differ
-    decisions: tuple[list[Decision], ...]  # of the first and of the second
+    decisions: tuple[list[Decision], ...] = field(repr=False)  # of the first and of the second
 
     def _repr_markdown_(self) -> str:
         head = f"| judge | {self.table[0]['of']} | n | failed | missing | note |\n|---|---|---|---|---|---|"

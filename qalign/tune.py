@@ -306,6 +306,7 @@ def _attach(engine: HFEngine, config: Any, seed: int = 0) -> JudgeEngine:
     from peft import get_peft_model
 
     model = engine.model
+    config.base_model_name_or_path = getattr(model, "name_or_path", None)  # where it lies now, as peft wants it
     with _kept(model):
         torch.manual_seed(seed)
         if hasattr(model, "peft_config"):
@@ -441,7 +442,7 @@ def save_judge(
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir(parents=True)
     config = copy.deepcopy(judge.model.peft_config["judge"])
-    config.base_model_name_or_path, config.inference_mode = judge.spec, True
+    config.base_model_name_or_path, config.inference_mode = judge.spec.removeprefix("hf:"), True
     config.save_pretrained(str(tmp))
     save_file(_weights(judge.model), str(tmp / "adapter_model.safetensors"), metadata={"format": "pt"})
     write_json(tmp / "judge.json", whole)

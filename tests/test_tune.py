@@ -196,8 +196,8 @@ def test_equal_input_gives_equal_weights(engine: HFEngine) -> None:
 def test_soft_labels_are_learned(engine: HFEngine) -> None:
     target = {"TRUE": 0.6, "FALSE": 0.3, "NA": 0.1}
     example = Example(RUBRIC.questions[0], "p", "r", target)
-    judge, log = tune(engine, [example], Recipe(r=8, alpha=64, layers=1.0, lr=3e-2, epochs=60))
-    assert min(row["loss"] for row in log) < log[0]["loss"] - 1
+    judge, log = tune(engine, [example], Recipe(r=8, alpha=64, layers=1.0, lr=1e-2, epochs=60))
+    assert log[-1]["loss"] < log[0]["loss"] - 1
     far = [sum(abs(p - q) for p, q in zip(judged(x, example), target.values(), strict=True)) for x in (engine, judge)]
     assert far[1] < far[0]
 
