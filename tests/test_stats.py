@@ -1,6 +1,7 @@
 "Room stats: coverage and calibration by simulation, agreement with scipy, properties."
 
 import math
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -19,6 +20,9 @@ from qalign.stats import (
     mean_interval,
     minimum_detectable,
     paired_bootstrap,
+    rate_difference,
+    rate_interval,
+    tied,
     wilson,
 )
 
@@ -83,7 +87,104 @@ def test_permutation_p_is_uniform_under_the_null(n):
     assert stats.kstest(p, "uniform").statistic < 0.04 and p.min() > 0
 
 
+def trials(rng, share, sd, sizes):
+    "Yes or no per trial; prompts differ in their chance, which is `share` on average (a beta distribution)."
+    concentration = share * (1 - share) / sd**2 - 1 if sd else 1e9
+    chance = rng.beta(concentration * share, concentration * (1 - share), size=len(sizes))
+    return (rng.random(sum(sizes)) < np.repeat(chance, sizes)).astype(float)
+
+
+SIZES = {"30 x 3": [3] * 30, "100 x 5": [5] * 100, "60, uneven": [1, 2, 3, 3, 3, 6] * 10}
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("share", [0.04, 0.2, 0.5])
+@pytest.mark.parametrize("spread", [0.0, 0.5, 0.9])
+def test_rate_interval_coverage(name, share, spread):
+    rng, sizes = np.random.default_rng(10), SIZES[name]
+    prompt, sd = np.repeat(np.arange(len(sizes)), sizes), spread * math.sqrt(share * (1 - share))
+    found = [rate_interval(trials(rng, share, sd, sizes), prompt) for _ in range(600)]
+    assert np.mean([f.low <= share <= f.high for f in found]) >= 0.925
+
+
+def test_trials_of_a_prompt_are_not_prompts():
+    rng, prompt = np.random.default_rng(11), np.repeat(np.arange(100), 5)
+    drawn = [trials(rng, 0.2, 0.3, [5] * 100) for _ in range(600)]
+    naive = np.mean([f.low <= 0.2 <= f.high for f in (rate_interval(x) for x in drawn)])
+    assert naive < 0.8 <= 0.925 <= np.mean([f.low <= 0.2 <= f.high for f in (rate_interval(x, prompt) for x in drawn)])
+
+
+@pytest.mark.parametrize("sd", [0.0, 0.2, 0.38])
+@pytest.mark.parametrize("effect", [0.0, 0.1])
+def test_rate_difference_coverage_and_level(sd, effect):
+    rng, prompt = np.random.default_rng(12), np.repeat(np.arange(60), 3)
+    found = []
+    for _ in range(600):
+        chance = rng.beta(0.25 * (0.16 / max(sd, 0.01) ** 2), 0.75 * (0.16 / max(sd, 0.01) ** 2), size=60)
+        a = rng.random(180) < np.repeat(chance, 3)
+        b = rng.random(180) < np.repeat((1 - effect) * chance + effect * rng.integers(2, size=60), 3)
+        found.append(rate_difference(a, b, prompt))
+    truth = effect * (0.5 - 0.25)
+    assert np.mean([f.low <= truth <= f.high for f in found]) >= 0.93
+    if not effect:
+        assert np.mean([f.p <= 0.05 for f in found]) <= 0.05 + 2.5 * math.sqrt(0.05 * 0.95 / 600)
+
+
+def test_a_table_of_equal_models_is_all_ties():
+    "With four models alike in each of three columns, a false mark stands in at most one table of twenty."
+    rng, wrong = np.random.default_rng(13), 0
+    for _ in range(300):
+        shares, p = [], []
+        for _ in range(3):
+            outcomes = rng.random((4, 80)) < rng.random(80)
+            shares.append({m: float(outcomes[m].mean()) for m in range(4)})
+            p.append({(a, b): rate_difference(outcomes[a], outcomes[b]).p for a, b in combinations(range(4), 2)})
+        wrong += any(len(t) < 4 for t in tied(shares, p))
+    assert wrong / 300 <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / 300)
+
+
+def test_minimum_detectable_rate_over_trials_is_detected():
+    "The spread that counts is that of the prompts' mean differences."
+    rng, prompt, n = np.random.default_rng(14), np.repeat(np.arange(150), 3), 150
+    effect, hits = minimum_detectable(n, sd=math.sqrt(0.13)), 0
+    for _ in range(400):
+        moved = rng.choice([-1, 0, 1], p=[(0.13 - effect) / 2, 0.87, (0.13 + effect) / 2], size=n)
+        start = np.where(moved == 0, rng.random(n) < 0.5, moved < 0)
+        after = np.where(moved == 0, start, moved > 0)
+        hits += rate_difference(np.repeat(start, 3), np.repeat(after, 3), prompt).p <= 0.05
+    assert abs(hits / 400 - 0.8) < 0.06
+
+
 # references
+
+
+def test_flips_of_whole_prompts_against_enumeration():
+    rng = np.random.default_rng(15)
+    for g in range(1, 11):
+        prompt = np.repeat(np.arange(g), 3)
+        a, b = rng.random((2, 3 * g)) < 0.5
+        sums = np.bincount(prompt, weights=b * 1.0 - a)
+        flips = [abs(sum(s * (1 if m >> i & 1 else -1) for i, s in enumerate(sums))) for m in range(2**g)]
+        expected = np.mean(np.array(flips) >= abs(sums.sum()))
+        assert math.isclose(rate_difference(a, b, prompt).p, expected)
+        if g > 1:
+            assert math.isclose(paired_bootstrap(a, b, prompt, n_boot=100, n_flip=2**10).p, expected)
+
+
+def test_many_prompts_have_a_small_exact_p():
+    found = rate_difference([False] * 15_000, [True] * 60 + [False] * 14_940)
+    assert math.isclose(found.p, 2 * 0.5**60) and found.estimate == 0.004 and found.n == 15_000
+
+
+def test_interval_of_a_difference_is_bonett_and_price():
+    "With one trial per prompt it is the adjusted Wald interval: one more pair of each kind."
+    a, b = (
+        [True] * 12 + [False] * 3 + [True] * 25 + [False] * 60,
+        [False] * 12 + [True] * 3 + [True] * 25 + [False] * 60,
+    )
+    found, p12, p21 = rate_difference(a, b), 13 / 102, 4 / 102
+    half = stats.norm.ppf(0.975) * math.sqrt((p12 + p21 - (p21 - p12) ** 2) / 102)
+    assert math.isclose(found.low, p21 - p12 - half) and math.isclose(found.high, p21 - p12 + half)
 
 
 def test_sign_flip_against_enumeration_by_hand():
@@ -240,6 +341,60 @@ def test_perfect_agreement_has_no_width():
     assert kappa_interval(["a", "b"] * 20, ["a", "b"] * 20) == Interval(1, 1, 1, 40)
 
 
+clustered = st.lists(st.tuples(st.integers(0, 6), st.booleans(), st.booleans()), min_size=1, max_size=40)
+
+
+@CALM
+@given(clustered)
+def test_rate_interval_properties(rows):
+    prompt, x, _ = zip(*rows, strict=True)
+    found, flat = rate_interval(x, prompt), wilson(sum(x), len(x))
+    sizes = np.bincount(prompt)
+    least = len(x) ** 2 / (sizes**2).sum()
+    assert 0 <= found.low <= found.estimate + 1e-12 and found.estimate <= found.high + 1e-12 and found.high <= 1
+    width, z2 = found.high - found.low, stats.norm.ppf(0.975) ** 2
+    widest = (
+        2 * math.sqrt(found.estimate * (1 - found.estimate) * z2 / least + (z2 / least) ** 2 / 4) / (1 + z2 / least)
+    )
+    assert flat.high - flat.low - 1e-9 <= width <= widest + 1e-9
+    mirror = rate_interval([not v for v in x], prompt)
+    assert math.isclose(mirror.low, 1 - found.high, abs_tol=1e-9) and found.n == len(x)
+    own = rate_interval(x, range(len(x)))
+    assert own == rate_interval(x) == flat
+
+
+@CALM
+@given(clustered)
+def test_rate_difference_properties(rows):
+    prompt, a, b = zip(*rows, strict=True)
+    found, back = rate_difference(a, b, prompt), rate_difference(b, a, prompt)
+    assert (found.estimate, found.low, found.high) == pytest.approx((-back.estimate, -back.high, -back.low))
+    assert math.isclose(found.p, back.p) and 0 < found.p <= 1 and -1 <= found.low <= found.estimate <= found.high <= 1
+    assert found.low < found.high
+    assert math.isclose(rate_difference(a, b).p, mcnemar(a, b).p)
+
+
+@CALM
+@given(st.lists(st.tuples(st.none() | st.booleans(), st.none() | st.booleans()), min_size=1, max_size=30))
+def test_rates_drop_pairs_with_a_missing_side(rows):
+    whole = [(x, y) for x, y in rows if x is not None and y is not None]
+    a, b = zip(*rows, strict=True)
+    if not whole:
+        with pytest.raises(UserError, match="at least one complete pair"):
+            rate_difference(a, b)
+        return
+    found, kept = rate_difference(a, b, list(range(len(rows)))), rate_difference(*zip(*whole, strict=True))
+    assert (found.estimate, found.low, found.high, found.p) == (kept.estimate, kept.low, kept.high, kept.p)
+    assert (found.n, found.dropped) == (len(whole), len(rows) - len(whole))
+
+
+def test_tied_with_the_best():
+    pairs = {("a", "b"): 1e-6, ("a", "c"): 0.2, ("b", "c"): 0.03}
+    assert tied([{"a": 0.1, "b": 0.4, "c": 0.2}], [pairs]) == [{"a", "c"}]
+    assert tied([{"a": 0.1, "b": 0.4, "c": 0.1}], [{**pairs, ("c", "b"): 0.9}]) == [{"a", "b", "c"}]  # c is best, too
+    assert tied([{"a": 0.1}, {}], [{}, {}]) == [{"a"}, set()]
+
+
 # errors
 
 
@@ -261,6 +416,13 @@ def test_perfect_agreement_has_no_width():
         (lambda: cohen_kappa([1], [1, 2]), "two labels per item"),
         (lambda: cohen_kappa([None, "a"], ["a", "a"]), "missing one"),
         (lambda: holm([math.nan]), "p values between 0 and 1"),
+        (lambda: rate_interval([0.5]), "expected True or False"),
+        (lambda: rate_interval([]), "got nothing"),
+        (lambda: rate_interval([1, 0], [1]), "1 clusters for 2 values"),
+        (lambda: rate_difference([2], [1]), "expected True or False"),
+        (lambda: rate_difference([1, 0], [1, 0], [1]), "1 clusters for 2 pairs"),
+        (lambda: tied([{"a": 0.1}], []), "got 1 and 0 columns"),
+        (lambda: tied([{"a": 0.1, "b": 0.2}], [{("a", "c"): 0.1}]), "a p value for each pair of a, b"),
         (lambda: minimum_detectable(10), "either sd or p"),
         (lambda: minimum_detectable(10, sd=1, p=0.5), "either sd or p"),
         (lambda: minimum_detectable(10, p=2), "expected p between"),
