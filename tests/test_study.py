@@ -1,0 +1,670 @@
+"A study: cells share what does not depend on the setting, kills at every write, readings against hand-made records."
+
+import functools
+import hashlib
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from qalign import pipeline, study
+from qalign.core import Settings, UserError, append_jsonl, load_settings, read_jsonl, write_json, write_jsonl
+from qalign.reward import final_reward, group_advantages
+from qalign.study import (
+    GRPO_KEYS,
+    before_after,
+    curve_figure,
+    curves,
+    draft_reading,
+    export_study,
+    read_export,
+    run_study,
+    study_findings,
+)
+from qalign.trace import Trace, render_trace
+
+CALM = hypothesis_settings(derandomize=True, max_examples=60, deadline=None)
+TINY = load_settings("tiny", sft_prompts=8, grpo_prompts=8, eval_harmful=6, eval_benign=6, grpo_steps=4)
+ALPHAS = {"alpha": [0, 2, 10]}
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+def digest(folder: Path) -> dict[str, str]:
+    "Every file below a folder by content."
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+# --- a stand-in for the pipeline: its files, its order, no model
+
+
+class Killed(BaseException):
+    "SIGKILL in miniature."
+
+
+class Clock:
+    "Counts what is written, and kills at the n-th time."
+
+    def __init__(self, n: int = 0):
+        self.n, self.seen = n, 0
+
+    def tick(self) -> None:
+        self.seen += 1
+        if self.seen == self.n:
+            raise Killed
+
+
+def look(folder, stage, model, plan, clock):
+    s = plan.settings
+    rows = [
+        {"model": model, "set": name, "prompt_id": p.id, "trial": 0, "ok": model != "start", "refusal": i % 2 == 0}
+        | {"r1": -1.0 + 0.1 * i, "r2": -0.5, "reward": final_reward(-1.0 + 0.1 * i, -0.5, s.alpha, s.beta)}
+        | {"r_answer": 0.1 * i + (0.3 if model == "grpo" else 0.0)}
+        for name in ("harmful", "benign")
+        for i, p in enumerate(plan.prompts[name])
+    ]
+    clock.tick()
+    write_jsonl(folder.path / "eval" / f"{model}.jsonl", rows)
+    for cell in study.summarize({model: rows})["table"]:
+        clock.tick()
+        folder.metric("eval", {"part": stage, **cell})
+    clock.tick()
+    write_json(folder.path / "stages" / f"{stage}.json", {})
+
+
+def stub(clock):
+    "What `pipeline.run` does, without a model."
+
+    def run(settings, out, prompts="harmful", resume=False, say=print):
+        clock.tick()
+        folder = pipeline.open_folder(out, pipeline.make_plan(settings, prompts), resume)
+        plan = pipeline.make_plan(settings, prompts)
+        for i, (stage, model) in enumerate(
+            (("start", "start"), ("after_sft", "sft"), ("grpo", ""), ("report", "grpo"))
+        ):
+            if folder.done(stage):
+                continue
+            say(f"[{i}/4] {stage}")
+            if model:
+                folder.clear(stage)
+                look(folder, stage, model, plan, clock)
+                continue
+            pipeline_rewind(folder.path)
+            for step in range(1, settings.grpo_steps + 1):
+                clock.tick()
+                scores = [(-0.5 + 0.1 * i - 0.01 * step, 0.2 * i - 0.3) for i in range(settings.group_size)]
+                rewards = [final_reward(*s, settings.alpha, settings.beta) for s in scores]
+                folder.metric("grpo", {"part": "grpo", "step": step, "reward": sum(rewards), "r1": -0.5, "r2": 0.0})
+                for i, (s, r) in enumerate(zip(scores, rewards, strict=True)):
+                    text = render_trace("one two three", "Wait.", "four")
+                    row = {"step": step, "index": i, "prompt_id": "p", "prompt": "SECRET", "completion": text}
+                    append_jsonl(
+                        folder.path / "traces.jsonl", {**row, "r1": s[0], "r2": s[1], "reward": r, "problem": ""}
+                    )
+            write_json(folder.path / "stages" / "grpo.json", {})
+
+    return run
+
+
+def pipeline_rewind(path: Path) -> None:
+    from qalign.grpo import rewind
+
+    rewind(path, 0)
+
+
+def light_summary(rows_by_model):
+    "A table without a bootstrap: means."
+    [(model, rows)] = rows_by_model.items()
+    table = []
+    for name in dict.fromkeys(r["set"] for r in rows):
+        values = [r["reward"] for r in rows if r["set"] == name]
+        table.append({"set": name, "metric": "reward", "model": model, "estimate": sum(values) / len(values)})
+    return {"table": table}
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    "Returns a function that puts the stand-in in place, with a clock."
+    monkeypatch.setattr(study, "summarize", light_summary)
+    monkeypatch.setattr(pipeline, "_commit", lambda: None)
+    monkeypatch.setattr("os.fsync", lambda fd: None)  # the disk is not what is tested
+    monkeypatch.setattr(pipeline, "load_rubric", functools.cache(pipeline.load_rubric))
+
+    def put(clock=None):
+        clock = clock or Clock()
+        monkeypatch.setattr(pipeline, "run", stub(clock))
+        return clock
+
+    put()
+    return put
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    "A finished study of the stand-in."
+    patch = pytest.MonkeyPatch()
+    patch.setattr(study, "summarize", light_summary)
+    patch.setattr(pipeline, "run", stub(Clock()))
+    out = tmp_path_factory.mktemp("finished") / "study"
+    run_study(TINY, ALPHAS, [0, 1], out, say=quiet)
+    patch.undo()
+    return out
+
+
+# --- plan and order
+
+
+@pytest.mark.parametrize(
+    ("vary", "seeds", "message"),
+    [
+        ({}, [0], "varies one setting other than seed and preset, got none"),
+        ({"alpha": [0], "lr": [1e-4]}, [0], "got alpha, lr"),
+        ({"seed": [0, 1]}, [0], "got seed"),
+        ({"alfa": [0]}, [0], "unknown key 'alfa'"),
+        ({"alpha": []}, [0], "different values of alpha, got []"),
+        ({"alpha": ["2", 2.0]}, [0], "different values of alpha, got [2.0, 2.0]"),
+        ({"alpha": ["two"]}, [0], "expected float for alpha, got 'two'"),
+        ({"alpha": [2]}, [], "different values of seed, got []"),
+        ({"alpha": [2]}, [1, 1], "different values of seed, got [1, 1]"),
+        ({"alpha": [2]}, [-1], "expected seed between 0"),
+    ],
+)
+def test_refuses_a_plan_that_does_not_do(toy, tmp_path, vary, seeds, message):
+    with pytest.raises(UserError) as e:
+        run_study(TINY, vary, seeds, tmp_path / "s", say=quiet)
+    assert message in str(e.value) and "\n" not in str(e.value) and not (tmp_path / "s").exists()
+
+
+def test_cells_come_seed_by_seed(toy, tmp_path):
+    paths = run_study(TINY, ALPHAS, [3, 1], tmp_path / "s", say=quiet)
+    names = [str(p.relative_to(tmp_path / "s")) for p in paths]
+    assert names == [f"alpha-{a}/seed-{s}" for s in (3, 1) for a in (0, 2, 10)]
+    assert all((p / "stages" / "report.json").exists() for p in paths)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("hf:/home/someone/model", "hf:model"),
+        ("tuned:/data/judges/mine", "tuned:mine"),
+        ("/home/someone/rubric.yaml", "rubric.yaml"),
+        ("hf:Org/Model", "hf:Org/Model"),
+        ("openai:model@http://127.0.0.1:8000/v1", "openai:model@http://127.0.0.1:8000/v1"),
+        (0.5, 0.5),
+    ],
+)
+def test_settings_are_recorded_without_folders_of_this_machine(value, expected):
+    assert study._portable(value) == expected
+
+
+def test_names_of_folders_are_short_and_safe():
+    names = [
+        study._label("lr", 5e-5),
+        study._label("judge", "hf:a/b c"),
+        study._label("alpha", 0.5),
+        study._label("k", 2),
+    ]
+    assert names == ["lr-5e-05", "judge-hf-a-b-c", "alpha-0.5", "k-2"]
+
+
+def test_the_record_holds_the_plan_and_no_path_of_this_machine(toy, tmp_path):
+    prompts = tmp_path / "mine.txt"
+    prompts.write_text("\n".join(f"request number {i}" for i in range(40)))
+    settings = TINY.replace(model=f"hf:{tmp_path}/some-model", rubric="hhh")
+    run_study(settings, {"alpha": [0, 2]}, [0], tmp_path / "s", str(prompts), quiet)
+    text = (tmp_path / "s" / "study.json").read_text()
+    plan = json.loads(text)["plan"]
+    assert str(tmp_path) not in text and plan["settings"]["model"] == "hf:some-model"
+    assert (
+        plan["prompts"]["name"] == "mine.txt" and plan["prompts"]["count"] == 40 and len(plan["prompts"]["hash"]) == 16
+    )
+    assert plan["values"] == [0, 2] and plan["seeds"] == [0] and json.loads(text)["versions"]["torch"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"settings": TINY.replace(lr=2e-4)}, "another lr (0.0001, now 0.0002)"),
+        ({"settings": TINY.replace(dimensions=1)}, "another dimensions (3, now 1)"),
+        ({"vary": {"alpha": [0, 2]}}, "another values"),
+        ({"vary": {"beta": [0, 2]}}, "another key ('alpha', now 'beta')"),
+        ({"seeds": [0, 1, 2]}, "another seeds ([0, 1], now [0, 1, 2])"),
+        ({"prompts": "benign"}, "another prompts"),
+        ({"resume": False}, "holds a study already: add --resume"),
+    ],
+)
+def test_refuses_a_changed_plan_in_one_line_that_names_it(finished, change, message):
+    before = digest(finished)
+    given = {"settings": TINY, "vary": ALPHAS, "seeds": [0, 1], "prompts": "harmful", "resume": True} | change
+    with pytest.raises(UserError) as e:
+        run_study(given["settings"], given["vary"], given["seeds"], finished, given["prompts"], quiet, given["resume"])
+    assert message in str(e.value) and "\n" not in str(e.value) and digest(finished) == before
+
+
+def test_the_value_in_the_settings_does_not_matter_for_the_plan(toy, finished):
+    run_study(TINY.replace(alpha=7, seed=5), ALPHAS, [0, 1], finished, say=quiet, resume=True)
+
+
+def test_another_folder_is_left_alone(toy, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="is not empty and holds no study"):
+        run_study(TINY, ALPHAS, [0], tmp_path / "full", say=quiet)
+    with pytest.raises(UserError, match="is a file"):
+        run_study(TINY, ALPHAS, [0], tmp_path / "full" / "thesis.txt", say=quiet)
+
+
+def test_other_versions_are_told(toy, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "s")
+    record = tmp_path / "s" / "study.json"
+    about = json.loads(record.read_text())
+    write_json(record, {**about, "versions": {**about["versions"], "torch": "1.0"}})
+    said = []
+    run_study(TINY, ALPHAS, [0, 1], tmp_path / "s", say=said.append, resume=True)
+    assert said[0].startswith("note: torch was 1.0, now ") and len(said) == 7
+
+
+# --- kills
+
+
+def ticking(monkeypatch, clock):
+    "Kill before and after what the study itself writes, too."
+
+    def around(do):
+        def done(*args, **kwargs):
+            clock.tick()
+            out = do(*args, **kwargs)
+            clock.tick()
+            return out
+
+        return done
+
+    for module, name in (
+        (study, "write_json"),
+        (study, "write_jsonl"),
+        (study.shutil, "copytree"),
+        (study, "_pay_again"),
+    ):
+        monkeypatch.setattr(module, name, around(getattr(module, name)))
+    monkeypatch.setattr(study.pipeline, "open_folder", around(pipeline.open_folder))
+
+
+def test_killed_anywhere_and_resumed_is_the_same_study(toy, tmp_path, monkeypatch):
+    two = {"alpha": [0, 10]}
+    small = TINY.replace(grpo_steps=2, eval_harmful=2, eval_benign=2)
+    with monkeypatch.context() as m:
+        clock = toy(Clock())
+        ticking(m, clock)
+        run_study(small, two, [0], tmp_path / "whole", say=quiet)
+    whole, points = digest(tmp_path / "whole"), clock.seen
+    assert points > 40
+    for n in range(1, points + 1):
+        out = tmp_path / "killed"
+        with monkeypatch.context() as m:
+            clock = toy(Clock(n))
+            ticking(m, clock)
+            with pytest.raises(Killed):
+                run_study(small, two, [0], out, say=quiet)
+        toy(Clock())
+        run_study(small, two, [0], out, say=quiet, resume=(out / "study.json").exists())
+        assert digest(out) == whole, f"killed at write {n} of {points}"
+        shutil.rmtree(out)
+
+
+def test_a_folder_without_settings_is_begun_again(toy, tmp_path):
+    for name in ("alpha-0/seed-0", "shared/seed-0"):
+        (tmp_path / "s" / name).mkdir(parents=True)
+        (tmp_path / "s" / name / ".settings.json.x1").write_text("{")
+    (tmp_path / "s" / "study.json").write_text(
+        json.dumps({"plan": study._plan(TINY, {"alpha": [0]}, [0], "harmful"), "versions": {}})
+    )
+    run_study(TINY, {"alpha": [0]}, [0], tmp_path / "s", say=quiet, resume=True)
+    assert (tmp_path / "s" / "alpha-0" / "seed-0" / "stages" / "report.json").exists()
+
+
+def test_a_cell_that_fails_does_not_hold_up_the_others(toy, tmp_path, monkeypatch):
+    good = pipeline.run
+
+    def bad(settings, out, *rest):
+        if settings.alpha == 2 and "alpha-2" in str(out):
+            raise UserError("GRPO stopped in step 3: the loss is not a number")
+        return good(settings, out, *rest)
+
+    monkeypatch.setattr(pipeline, "run", bad)
+    with pytest.raises(UserError, match=r"1 of 3 cells could not be run, first alpha-2/seed-0: GRPO stopped in step 3"):
+        run_study(TINY, ALPHAS, [0], tmp_path / "s", say=quiet)
+    assert {r["value"] for r in before_after(tmp_path / "s")} == {0, 10}
+    toy()
+    run_study(TINY, ALPHAS, [0], tmp_path / "s", say=quiet, resume=True)
+    assert {r["value"] for r in before_after(tmp_path / "s")} == {0, 2, 10}
+
+
+def test_a_user_who_stops_a_cell_stops_the_study(toy, tmp_path, monkeypatch):
+    def stopped(*args):
+        raise pipeline.Stopped("stopped in stage grpo by the user: add --resume to go on from there")
+
+    monkeypatch.setattr(pipeline, "run", stopped)
+    with pytest.raises(pipeline.Stopped, match=r"alpha-0/seed-0: stopped in stage grpo by the user"):
+        run_study(TINY, ALPHAS, [0], tmp_path / "s", say=quiet)
+
+
+# --- sharing
+
+
+def test_a_setting_of_another_stage_is_not_shared(toy, tmp_path):
+    said = []
+    run_study(TINY, {"temperature": [0.7, 1.0]}, [0], tmp_path / "s", say=said.append)
+    assert not (tmp_path / "s" / "shared").exists() and sum("start" in line for line in said) == 2
+
+
+def test_shared_rows_are_paid_for_with_the_cells_own_alpha(finished):
+    for cell in ("alpha-0/seed-0", "alpha-10/seed-1"):
+        alpha = float(cell.split("/")[0].split("-")[1])
+        about = json.loads((finished / cell / "settings.json").read_text())["settings"]
+        assert about["alpha"] == alpha and about["seed"] == int(cell[-1])
+        for model in ("start", "sft"):
+            rows = list(read_jsonl(finished / cell / "eval" / f"{model}.jsonl"))
+            assert all(r["reward"] == final_reward(r["r1"], r["r2"], alpha, 1.0) for r in rows)
+        told = [r["estimate"] for r in read_jsonl(finished / cell / "metrics.jsonl") if r.get("part") == "after_sft"]
+        assert told == [light_summary({"sft": rows})["table"][i]["estimate"] for i in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def micro(tmp_path_factory):
+    "A model of the micro shape on disk, and settings that make a run of seconds from it."
+    from qalign.bench import shape_engine
+
+    folder = tmp_path_factory.mktemp("model")
+    engine = shape_engine("micro", "none")
+    engine.model.save_pretrained(folder)
+    engine.tokenizer.save_pretrained(folder)
+    return load_settings(
+        "tiny",
+        **{"model": f"hf:{folder}", "quantization": "none", "judge": "self", "dimensions": 1, "lr": 1e-3, "kl": 0.01},
+        **{
+            "sft_prompts": 4,
+            "sft_benign": 1,
+            "candidates": 1,
+            "draft_tokens": 8,
+            "revision_tokens": 8,
+            "sft_epochs": 1,
+        },
+        **{"grpo_prompts": 4, "grpo_steps": 2, "prompts_per_step": 1, "group_size": 4, "micro_batch": 4},
+        **{"completion_tokens": 24, "eval_harmful": 4, "eval_benign": 4, "eval_tokens": 16, "judge_cache": "on"},
+    )
+
+
+@pytest.fixture
+def transcripts(monkeypatch):
+    "A model with random weights writes no transcripts: take the halves of what it writes, of any length."
+    import qalign.evaluate
+    import qalign.reward as reward
+
+    def halves(text):
+        return Trace(text[: len(text) // 2] or "a", "Wait.", text[len(text) // 2 :] or "b", True, "")
+
+    score = reward._score
+    monkeypatch.setattr(reward, "_score", lambda j, s, p, done, ids, cut, *more: score(j, s, p, done, ids, None, *more))
+    monkeypatch.setattr(reward, "parse_trace", halves)
+    monkeypatch.setattr(qalign.evaluate, "parse_trace", halves)
+
+
+RESULTS = (
+    *("metrics.jsonl", "records.jsonl", "traces.jsonl", "eval/start.jsonl", "eval/sft.jsonl", "eval/grpo.jsonl"),
+    *(
+        "settings.json",
+        "eval/heatmap.json",
+        "adapter-sft/adapter_model.safetensors",
+        "adapter/adapter_model.safetensors",
+    ),
+)
+
+
+def test_a_shared_cell_is_the_run_it_would_be_on_its_own(micro, transcripts, tmp_path):
+    out, own = tmp_path / "study", tmp_path / "own"
+    pipeline.run(micro.replace(alpha=2), own, "harmful", False, quiet)
+
+    def stop(line):
+        if line.startswith("alpha-2/seed-0: step 2 of 2"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(pipeline.Stopped, match="alpha-2/seed-0: stopped in stage grpo by the user"):
+        run_study(micro, {"alpha": [10, 2]}, [0], out, say=stop)
+    run_study(micro, {"alpha": [10, 2]}, [0], out, say=quiet, resume=True)
+    shared, other = digest(out / "alpha-2" / "seed-0"), digest(out / "alpha-10" / "seed-0")
+    alone = digest(own)
+    assert {name: shared[name] for name in RESULTS} == {name: alone[name] for name in RESULTS}
+    same = {name for name in RESULTS if shared[name] == other[name]} - {"eval/heatmap.json"}
+    assert same == {"records.jsonl", "adapter-sft/adapter_model.safetensors"}  # the rest knows alpha
+    rows = {r["value"]: r for r in draft_reading(out) if r["steps"] == "all"}
+    assert rows[10]["rollouts"] == 8 and rows[10]["correlation"] < rows[2]["correlation"]
+
+
+def test_no_stage_before_grpo_reads_a_setting_of_grpo(micro, tmp_path):
+    read: set[str] = set()
+
+    class Watched(Settings):
+        def __getattribute__(self, name):
+            if not name.startswith("_"):
+                read.add(name)
+            return super().__getattribute__(name)
+
+        def to_dict(self):  # for the record of the run: every key
+            before = set(read)
+            out = super().to_dict()
+            read.intersection_update(before)
+            return out
+
+        def replace(self, **overrides):
+            return Watched(**super().replace(**overrides).to_dict())
+
+    study._shared(Watched(**micro.to_dict()), tmp_path / "shared", "harmful", quiet)
+    assert {"temperature", "micro_batch", "completion_tokens", "sft_lr", "eval_tokens", "scores"} <= read
+    assert read & set(GRPO_KEYS) == {"alpha", "beta"}  # the column `reward` of the evaluation
+    assert not (tmp_path / "shared" / "traces.jsonl").exists()
+
+
+# --- readings
+
+
+def test_curves_have_a_row_per_step_and_cell(finished):
+    rows = curves(finished)
+    assert [r["step"] for r in rows] == [1, 2, 3, 4] * 6
+    assert [(r["value"], r["seed"]) for r in rows[::4]] == [(a, s) for s in (0, 1) for a in (0, 2, 10)]
+    assert set(rows[0]) == {"step", "value", "seed", *study._CURVES} and rows[0]["kl"] is None
+
+
+def test_a_study_that_has_just_begun_says_so(finished, tmp_path):
+    shutil.copy(finished / "study.json", tmp_path / "study.json")
+    with pytest.raises(UserError, match="no GRPO step is recorded"):
+        curves(tmp_path)
+    assert before_after(tmp_path) == [] and draft_reading(tmp_path) == []
+    with pytest.raises(UserError, match=r"no study\.json in nowhere"):
+        curves(tmp_path / "nowhere")
+
+
+def test_the_figure_is_small_and_has_a_line_per_value_and_seed(finished):
+    figure = curve_figure(curves(finished))
+    assert all(n <= m for n, m in zip(figure.get_size_inches(), (6, 3), strict=True))
+    assert [len(ax.lines) for ax in figure.axes] == [3 * (2 + 1)] * 3
+    assert len({line.get_color() for line in figure.axes[0].lines}) == 3
+    uneven = [r for r in curves(finished) if r["seed"] == 0 or r["step"] < 3]
+    assert [len(line.get_xdata()) for line in curve_figure(uneven).axes[0].lines[:3]] == [4, 2, 2]
+    one = curve_figure([r for r in curves(finished) if r["seed"] == 0], "kl")
+    assert [len(ax.lines) for ax in one.axes] == [3] * 3
+    words = [{"step": s, "value": v, "seed": 0, "r1": 0.1, "r2": None, "reward": 1.0} for v in "ab" for s in (1, 2)]
+    assert "a: 0.10 → 0.10" in curve_figure(words).get_suptitle()
+
+
+def test_differences_on_held_out_prompts_by_hand(finished):
+    rows = before_after(finished)
+    assert len(rows) == 2 * (3 * (2 * 2 + 2 * 1) + 2 * 4)
+    assert {r["against"] for r in rows if r["metric"] in ("r1", "r2")} == {"sft", "alpha 0"}
+    gain = [r for r in rows if r["metric"] == "r_answer" and r["against"] in ("sft", "start")]
+    assert all(math.isclose(r["difference"], 0.3) and r["low"] == pytest.approx(r["high"]) for r in gain)
+    assert all(r["n"] == 12 and set(r["by_seed"]) == {"0", "1"} for r in rows)
+    assert all(r["difference"] == pytest.approx(r["after"] - r["before"]) for r in rows)
+    assert all(r["p_holm"] >= r["p"] for r in rows)
+    one = next(r for r in rows if r["set"] == "harmful")
+    ids = [
+        {r["prompt_id"] for r in read_jsonl(finished / f"alpha-0/seed-{s}/eval/sft.jsonl") if r["set"] == "harmful"}
+        for s in (0, 1)
+    ]
+    assert one["prompts"] == len(ids[0] | ids[1]) and len(ids[0]) == 6
+
+
+def test_rows_of_a_prompt_are_drawn_together():
+    a = {("harmful", seed, f"p{i}", 0): 0.0 for seed in range(3) for i in range(8)}
+    b = {key: (1.0 if int(key[2][1]) < 4 else -1.0) for key in a}
+    apart = {(s, seed, f"{p}-{seed}", t): v for (s, seed, p, t), v in b.items()}
+    [together] = study._paired({}, a, b)
+    [split] = study._paired({}, dict.fromkeys(apart, 0.0), apart)
+    assert together["n"] == split["n"] == 24 and (together["prompts"], split["prompts"]) == (8, 24)
+    assert together["high"] - together["low"] > 1.3 * (split["high"] - split["low"])
+
+
+def test_what_has_no_score_or_no_partner_is_left_out():
+    a = {("harmful", 0, f"p{i}", 0): float(i) for i in range(4)}
+    b = {**{k: v + 1 for k, v in a.items()}, ("harmful", 0, "p0", 0): None, ("harmful", 0, "p9", 0): 5.0}
+    [row] = study._paired({}, a, b)
+    assert row["n"] == 3 and row["difference"] == 1.0
+    assert list(study._paired({}, dict(list(a.items())[:2]), b)) == []  # one pair says nothing of the spread
+
+
+def traces(folder: Path, groups, alpha=10.0, scale="group", problem=lambda i: ""):
+    "A study of one cell whose rollouts are given: one step per list of groups."
+    size = len(groups[0][0])
+    about = TINY.replace(alpha=alpha, group_size=size, scale_rewards=scale)
+    plan = {"key": "alpha", "values": [alpha], "seeds": [0]}
+    write_json(folder / "study.json", {"plan": plan, "versions": {}})
+    cell = study._cells(folder, plan)[0].path
+    write_json(cell / "settings.json", {"settings": about.to_dict()})
+    rows = []
+    for step, found in enumerate(groups, 1):
+        for g, group in enumerate(found):
+            for i, (r1, r2) in enumerate(group):
+                reward = final_reward(r1, r2, alpha, 1.0)
+                row = {"step": step, "index": g * size + i, "prompt_id": f"p{g}", "r1": r1, "r2": r2, "reward": reward}
+                text = render_trace("word " * (i + 1), "Wait.", "b")
+                rows.append({**row, "prompt": "SECRET", "completion": text, "problem": problem(i)})
+    write_jsonl(cell / "traces.jsonl", rows)
+    return folder
+
+
+TOY = [(-1, 0.9), (0.9, 1), (0.5, 0.5), (1, -1)]
+
+
+def test_reading_of_the_four_rollouts_by_hand(tmp_path):
+    first, last, whole = draft_reading(traces(tmp_path, [[TOY]]))
+    assert first == {**last, "steps": "first"} == {**whole, "steps": "first"}
+    assert whole["r1"] == pytest.approx(1.4 / 4) and whole["gain"] == pytest.approx((1.9 + 0.1 + 0 - 2) / 4)
+    assert whole["better"] == 0.5 and whole["slope"] == -4.5 and whole["draft_words"] == 2.5 and whole["rollouts"] == 4
+
+
+@pytest.mark.parametrize(("alpha", "expected"), [(0, 1.0), (2, -1.0), (10, -1.0)])
+def test_at_fixed_r2_the_sign_is_that_of_the_slope(tmp_path, alpha, expected):
+    groups = [[[(-1, 0.9), (-0.5, 0.9), (0, 0.9), (0.5, 0.9)]], [[(-0.9, 0.2), (0.1, 0.2), (-0.2, 0.2), (-0.7, 0.2)]]]
+    row = draft_reading(traces(tmp_path, groups, alpha, "none"))[-1]
+    assert row["correlation"] == pytest.approx(expected) and row["slope"] == 1 - alpha
+
+
+def test_first_and_last_steps(tmp_path):
+    groups = [[[(step / 100, 0.5), (step / 100 + 0.1, 0.5)]] for step in range(30)]
+    first, last, whole = draft_reading(traces(tmp_path, groups))
+    assert first["r1"] == pytest.approx(0.05 + 0.045) and last["r1"] == pytest.approx(0.05 + 0.245)
+    assert whole["rollouts"] == 60 and first["rollouts"] == last["rollouts"] == 20
+    short = draft_reading(traces(tmp_path / "short", groups[:7]))
+    assert [r["rollouts"] for r in short] == [6, 6, 14]
+
+
+def test_a_step_that_is_being_written_is_passed_over(tmp_path):
+    folder = traces(tmp_path, [[TOY], [TOY]])
+    file = folder / "alpha-10" / "seed-0" / "traces.jsonl"
+    file.write_text("".join(line for line in file.read_text().splitlines(keepends=True)[:-1]) + '{"step": 2, "ind')
+    assert draft_reading(folder)[-1]["rollouts"] == 4
+
+
+def test_what_has_no_form_has_no_draft(tmp_path):
+    row = draft_reading(traces(tmp_path, [[TOY]], problem=lambda i: "truncated" if i == 3 else ""))[-1]
+    assert row["rollouts"] == 3 and row["r1"] == pytest.approx(0.4 / 3)
+    assert draft_reading(traces(tmp_path / "none", [[TOY]], problem=lambda i: "empty")) == []
+
+
+def test_a_group_without_spread_has_no_correlation(tmp_path):
+    row = draft_reading(traces(tmp_path, [[[(0.5, 0.5)] * 4]]))[-1]
+    assert row["correlation"] is None and row["better"] == 0 and row["slope"] == 0
+
+
+scores = st.floats(-1, 1, allow_nan=False).map(lambda x: round(x, 3))
+rewards = st.lists(st.one_of(st.none(), st.floats(-5, 20).map(lambda x: round(x, 2))), min_size=4, max_size=4)
+
+
+@CALM
+@given(st.lists(rewards, min_size=1, max_size=3), st.sampled_from(["group", "batch", "none"]))
+def test_advantages_are_the_trainers(groups, scale):
+    flat = [r for g in groups for r in g]
+    values = np.array([np.nan if r is None else r for r in flat])
+    table = values.reshape(-1, 4)
+    known = values[~np.isnan(values)]
+    for start, group in enumerate(table):
+        there = group[~np.isnan(group)]
+        for i, r in enumerate(group):
+            got = study._advantages(flat, 4, scale)[4 * start + i]
+            if np.isnan(r):
+                assert got == 0
+                continue
+            spread = there if scale == "group" else known
+            std = np.std(spread, ddof=1) if len(spread) > 1 else 0.0
+            expected = (r - there.mean()) / (1.0 if scale == "none" else std + 1e-4)
+            assert got == pytest.approx(expected, abs=1e-6)
+    assert scale != "group" or study._advantages(flat, 4, scale) == group_advantages(flat, 4)
+
+
+@CALM
+@given(st.lists(st.tuples(scores, scores, scores), min_size=4, max_size=20))
+def test_partial_correlation_is_the_textbooks(rows):
+    a, x, z = (np.array(v) - np.mean(v) for v in zip(*rows, strict=True))
+    got = study._partial(a, x, z)
+    if min(v.std() for v in (a, x, z)) < 0.05:
+        return
+    ax, az, xz = (float(np.corrcoef(*pair)[0, 1]) for pair in ((a, x), (a, z), (x, z)))
+    if min(1 - az**2, 1 - xz**2) < 1e-3:
+        return
+    assert got == pytest.approx((ax - az * xz) / math.sqrt((1 - az**2) * (1 - xz**2)), abs=1e-6)
+
+
+# --- the record
+
+
+def test_the_record_is_small_and_holds_nobodys_text(finished, tmp_path):
+    record = export_study(finished, tmp_path / "record")
+    text = "".join(p.read_text() for p in record.iterdir())
+    assert "SECRET" not in text and "one two three" not in text and str(finished.parent) not in text
+    found = read_export(record)
+    assert found["about"]["finished"] == [f"alpha-{a}/seed-{s}" for s in (0, 1) for a in (0, 2, 10)]
+    assert len(found["curves"]) == 24 and len(found["heldout"]) == 52 and len(found["drafts"]) == 9
+    row = json.dumps({**found["curves"][0], **dict.fromkeys(study._CURVES, -0.123456)})
+    assert 9 * 60 * len(row) < 150_000 and len(text) - sum(map(len, (record / "curves.jsonl").read_text())) < 60_000
+    again = export_study(finished, tmp_path / "again")
+    assert digest(record) == digest(again)
+    (record / "drafts.json").unlink()
+    with pytest.raises(UserError, match=r"no drafts\.json in record"):
+        read_export(record)
+
+
+def test_findings_name_every_value_and_what_is_not_finished(finished, tmp_path):
+    lines = study_findings(read_export(export_study(finished, tmp_path / "record")))
+    assert lines[0] == "6 of 6 cells are finished"
+    assert [line.split(",")[0] for line in lines[1:4]] == ["alpha 0", "alpha 2", "alpha 10"]
+    assert all("lower in 2 of 2 seeds" in line for line in lines[1:4])
+    assert any("held-out r_answer against sft: 0.30 [0.30, 0.30], differs" in line for line in lines)
+    assert any("held-out r1 against alpha 0: 0.00 [0.00, 0.00], no difference can be told" in line for line in lines)
