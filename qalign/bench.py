@@ -310,6 +310,7 @@ def _baseline(
     which: Sequence[int],
     folder: Path,
     sizes: Sequence[int],
+    chunk: int,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     path, questions = folder / "baseline.jsonl", rubric.questions
@@ -324,9 +325,9 @@ def _baseline(
     for i in which:
         if i not in done:
             work = partial(per_question, engine, pairs[i], questions, batch)
-            before = _one_pass(engine, rubric, pairs[i : i + 1])
+            before = _one_pass(engine, rubric, pairs[i : i + 1], chunk)
             seconds, (answers, tokens, padding) = _timed(engine, work)
-            after = _one_pass(engine, rubric, pairs[i : i + 1])
+            after = _one_pass(engine, rubric, pairs[i : i + 1], chunk)
             logps = {q: {k: round(_log(p), 7) for k, p in probs.items()} for q, probs in answers.items()}
             done[i] = {
                 "response": i,
@@ -346,7 +347,7 @@ def _baseline(
     return {"responses": len(which), "asked": n, "settled": n, "batch": batch, **total, **lists}
 
 
-def _one_pass(engine: HFEngine, rubric: Rubric, pairs: Sequence[_Pair], chunk: int = 24) -> tuple[float, int]:
+def _one_pass(engine: HFEngine, rubric: Rubric, pairs: Sequence[_Pair], chunk: int) -> tuple[float, int]:
     "Seconds and tokens of one pass: the yardstick beside every other row."
     judge = Judge(rubric, engine, chunk=chunk, gates_first=False)
     seconds, cards = _timed(engine, partial(judge.score_many, pairs))
@@ -430,7 +431,7 @@ def bench_judge(
     for row in todo:
         if row == "per_question":
             sizes = sizes or ((8, 32, 128) if engine.model.device.type == "cuda" else (1, 4, 16))
-            new = _baseline(engine, rubric, pairs, _spread(len(pairs), k), folder, sizes, say)
+            new = _baseline(engine, rubric, pairs, _spread(len(pairs), k), folder, sizes, chunk, say)
         else:
             new, cards = _judged(engine, yardstick or engine, rubric, pairs, row, repeats, chunk, say)
             new |= _compare(cards, folder)
