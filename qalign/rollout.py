@@ -12,7 +12,6 @@ import datetime
 import hashlib
 import math
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 # %% ../nbs/12a_rollout.ipynb #b1aa8701
+from .bench import _machine
 from .core import Settings, UserError, append_jsonl, installed, read_jsonl, write_json, write_jsonl
 from .engine import EngineError, HFEngine, model_path, quiet
 from .server import ServerEngine, load_server
@@ -612,17 +612,12 @@ def _where() -> dict[str, Any]:
     "Machine, versions and date of a measurement."
     import torch
 
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    chip = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), platform.machine())
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     here = Path(__file__).parent if "__file__" in globals() else Path()
     git = ["git", "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, cwd=here, capture_output=True, text=True, check=False).stdout.strip()
     packages = ("torch", "transformers", "trl", "peft", "vllm")
     found = {p: v for p in packages if (v := installed(p) or installed(f"{p}-cpu"))}
-    about = {"processor": chip, "cores": cores, "gpu": gpu, "threads": torch.get_num_threads(), "versions": found}
+    about = {**_machine(None), "threads": torch.get_num_threads(), "versions": found}
     return about | {"date": datetime.date.today().isoformat(), "commit": commit or None}
 
 # %% ../nbs/12a_rollout.ipynb #51682a9a
