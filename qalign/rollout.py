@@ -54,6 +54,7 @@ class Rollout:
     generate: _Generate  # model, prompts as token ids, sampling, seed
     tolerance: float = 0.0  # largest mean |difference| of log-probabilities from the trainer's; 0: not compared
     agreed: list[dict[str, float]] = field(default_factory=list)  # what was compared, one entry per call
+    foreign: bool = False  # another program's arithmetic: the clipped ratio of GRPO is then policy over sampler
 
     def __call__(self, prompts: Sequence[Any], trainer: Any) -> dict[str, Any]:
         "What TRL wants of a generation. Raises `UserError` if completions are missing, cut or of another policy."
@@ -485,7 +486,7 @@ def vllm_rollout(
         said = [[x[t].logprob for t, x in zip(o.token_ids, o.logprobs, strict=True)] for o in done]
         return [list(o.token_ids) for o in done], said
 
-    return Rollout("vllm", generate, tolerance)
+    return Rollout("vllm", generate, tolerance, foreign=True)
 
 # %% ../nbs/12a_rollout.ipynb #f668ca5c
 async def _change(what: str, body: dict[str, str], done: str, client: Any) -> str:
@@ -558,7 +559,7 @@ def server_rollout(
         told = must([partial(_ask, server, files.name, p, x, sampling) for p, x in pairs])
         return [t for t, _ in told], [x for _, x in told]
 
-    return Rollout("server", generate, tolerance)
+    return Rollout("server", generate, tolerance, foreign=True)
 
 # %% ../nbs/12a_rollout.ipynb #998e78c9
 def choose_rollout(
@@ -673,9 +674,13 @@ def bench_rollout(
             write_jsonl(folder / "rows.jsonl", rows)
     (folder / "steps.jsonl").unlink(missing_ok=True)
     if train:
+        kept = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
         for name, path in paths.items():
             with tempfile.TemporaryDirectory() as run:
-                append_jsonl(folder / "steps.jsonl", {"path": name, **_steps(train, path, Path(run))})
+                took = _steps(train, path, Path(run))
+            append_jsonl(folder / "steps.jsonl", {"path": name, **took})
+            say(f"{name}: a step takes " + ", ".join(f"{k} {v:.1f} s" for k, v in took.items()))
+            model.load_state_dict(kept, strict=False)  # every path begins with the same weights
     return _table(folder)
 
 
@@ -689,7 +694,9 @@ def _table(folder: Path) -> list[dict[str, Any]]:
         speed = statistics.median(r["tokens"] / r["seconds"] for r in some)
         row: dict[str, Any] = {"path": name, "tokens": sum(r["tokens"] for r in some), "tokens_per_second": speed}
         row |= {k: v for k, v in some[0].items() if k in ("mean", "largest")}
-        out.append(row | {f"step_{k}": v for k, v in whole.get(name, {}).items()})
+        if step := whole.get(name):
+            row |= {"step": sum(step.values()), **{f"step_{k}": v for k, v in step.items()}}
+        out.append(row)
     for row in out:
         row["times_first"] = row["tokens_per_second"] / out[0]["tokens_per_second"]
     return out

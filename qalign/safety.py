@@ -725,21 +725,8 @@ def _kappa(x: Sequence[bool], y: Sequence[bool], clusters: Sequence[str]) -> tup
     kappa = cohen_kappa(x, y) if x else None
     if kappa is None or len(set(clusters)) < 2 or len(set(x)) < 2 or len(set(y)) < 2:  # one label: no spread to see
         return kappa, None, None
-    if len(set(clusters)) == len(clusters):
-        i = kappa_interval(x, y)
-        return i.estimate, i.low, i.high
-    import numpy as np
-
-    groups: dict[str, list[int]] = {}
-    for n, c in enumerate(clusters):
-        groups.setdefault(c, []).append(n)
-    members, rng, found = list(groups.values()), np.random.default_rng(0), []
-    for _ in range(1000):
-        drawn = [n for g in rng.integers(len(members), size=len(members)) for n in members[g]]
-        if (k := cohen_kappa([x[n] for n in drawn], [y[n] for n in drawn])) is not None:
-            found.append(k)
-    low, high = np.quantile(found, [0.025, 0.975])
-    return kappa, float(low), float(high)
+    i = kappa_interval(x, y, clusters=clusters)
+    return i.estimate, i.low, i.high
 
 # %% ../nbs/13a_safety.ipynb #115bf254
 def _shown(estimate: float | None, low: float | None, high: float | None) -> str:

@@ -284,12 +284,28 @@ def cohen_kappa(
     return None if math.isnan(kappa) else kappa
 
 
+def _cluster_tables(
+    x: Sequence[Hashable], y: Sequence[Hashable], clusters: Sequence[Hashable], size: int
+) -> np.ndarray:
+    "The table of each cluster, (clusters, size, size), labels in the order in which `_table` meets them."
+    if len(clusters) != len(x):
+        raise UserError(f"expected one cluster per item, got {len(clusters)} clusters for {len(x)} items")
+    place = {c: i for i, c in enumerate(dict.fromkeys(clusters))}
+    if len(place) < 2:
+        raise UserError("expected at least 2 clusters, got 1: one alone says nothing about the spread")
+    labels = {label: i for i, label in enumerate(dict.fromkeys([*x, *y]))}
+    own = np.zeros((len(place), size, size))
+    np.add.at(own, ([place[c] for c in clusters], [labels[v] for v in x], [labels[v] for v in y]), 1)
+    return own
+
+
 def kappa_interval(
     x: Sequence[Hashable],  # labels of the first judge
     y: Sequence[Hashable],  # labels of the second on the same items
     level: float = 0.95,  # confidence, 0..1
     n_boot: int = 2000,  # resamples of the items, 100 or more
     seed: int = 0,
+    clusters: Sequence[Hashable] | None = None,  # what is drawn as a whole, one per item, such as its prompt
 ) -> Interval:
     "Cohen's kappa with its percentile bootstrap interval. Raises `UserError` where kappa has no value."
     _check_level(level)
@@ -298,9 +314,13 @@ def kappa_interval(
     estimate = float(_kappa(table))
     if math.isnan(estimate):
         raise UserError(f"both judges give one label to all {len(x)} items: kappa has no value, report the agreement")
-    draws = np.random.default_rng(seed).multinomial(len(x), table.ravel() / len(x), size=n_boot)
-    kappas = _kappa(draws.reshape(n_boot, *table.shape))
-    low, high = np.nanquantile(kappas, [(1 - level) / 2, (1 + level) / 2])
+    rng = np.random.default_rng(seed)
+    if clusters is None:
+        tables = rng.multinomial(len(x), table.ravel() / len(x), size=n_boot).reshape(n_boot, *table.shape)
+    else:
+        own = _cluster_tables(x, y, clusters, len(table))
+        tables = np.tensordot(rng.multinomial(len(own), [1 / len(own)] * len(own), size=n_boot), own, 1)
+    low, high = np.nanquantile(_kappa(tables), [(1 - level) / 2, (1 + level) / 2])
     return Interval(estimate, float(low), float(high), len(x))
 
 # %% ../nbs/01_stats.ipynb #c031d2ac

@@ -306,7 +306,7 @@ def _attach(engine: HFEngine, config: Any, seed: int = 0) -> JudgeEngine:
     from peft import get_peft_model
 
     model = engine.model
-    config.base_model_name_or_path = getattr(model, "name_or_path", None)  # where it lies now, as peft wants it
+    config.base_model_name_or_path = getattr(model, "name_or_path", None) or None  # where it lies now, as peft wants it
     with _kept(model):
         torch.manual_seed(seed)
         if hasattr(model, "peft_config"):

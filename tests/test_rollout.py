@@ -231,6 +231,24 @@ def test_grpo_trains_on_it_and_the_cut_does_not_matter(tmp_path, monkeypatch):
     assert {"grpo/generate", "grpo/judge", "grpo/train"} <= stages
 
 
+@pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
+def test_what_another_program_sampled_from_is_the_old_policy_of_the_ratio(tmp_path, monkeypatch):
+    same = hf_rollout(5).generate
+
+    def shifted(*args):
+        tokens, said = same(*args)
+        return tokens, [[x - 1.0 for x in xs] for xs in said]  # each token e times as likely to the policy: clipped
+
+    paths = {"own": Rollout("own", same), "exact": Rollout("exact", same, foreign=True)}
+    paths |= {"told": Rollout("told", shifted), "off": Rollout("off", shifted, foreign=True)}
+    found = {}
+    for name, path in paths.items():
+        found[name], _ = trained(tmp_path / name, path, monkeypatch, grpo_steps=1, kl=0.0)
+    size = lambda a, b: sum(float((found[a][n] - found[b][n]).abs().sum()) for n in found[a])  # noqa: E731
+    assert size("own", "told") == 0  # ignored, as TRL ignores it
+    assert size("own", "exact") < 1e-3 * size("own", "off")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not VLLM_PYTHON.exists(), reason="needs the environment of `make test-vllm`")
 @pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")

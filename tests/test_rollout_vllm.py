@@ -1,6 +1,6 @@
 """Rollouts of vLLM for real, in process and behind a server: the embedded model, an adapter that changes.
 
-QALIGN_RECORD=1 writes data/runs/rollout-smollm2, QALIGN_BENCH=1 data/runs/rollout-cpu (alone on the machine, please).
+QALIGN_RECORD=1 writes data/runs/rollout-smollm2.
 QALIGN_PRECISION=none holds both sides in bf16 instead of fp32, with a wider tolerance.
 """
 
@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,9 +26,6 @@ from qalign.rollout import (
     Rollout,
     Sampling,
     agreement,
-    bench_rollout,
-    continuous_rollout,
-    hf_rollout,
     load_lora_engine,
     server_rollout,
     vllm_rollout,
@@ -252,16 +248,3 @@ def test_record(trainer: HFEngine, in_process: Any, server: str) -> None:
     write_jsonl(folder / "tokens.jsonl", sorted(rows, key=lambda row: row["precision"]))
     plan = {"model": "smollm2", "rank": RANK, "temperature": TEMPERATURE, "top_p": 1.0}
     write_json(folder / "run.json", {"plan": plan, **room._where()})
-
-
-@pytest.mark.skipif(not os.environ.get("QALIGN_BENCH"), reason="measures only if QALIGN_BENCH is set")
-def test_bench(trainer: HFEngine, in_process: Any, server: str) -> None:
-    folder = Path(os.environ.get("QALIGN_BENCH_FOLDER") or data_path("runs", "rollout-cpu"))
-    n, most = int(os.environ.get("QALIGN_BENCH_PROMPTS", "8")), int(os.environ.get("QALIGN_BENCH_TOKENS", "128"))
-    texts = [r["prompt"] for r in read_jsonl(data_path("prompts", "benign.jsonl"))][:n]
-    move(trainer.model, 1)
-    paths: dict[str, Rollout | None] = {"trl": None, "hf": hf_rollout(16), "continuous": continuous_rollout(16)}
-    paths |= {"vllm": vllm_rollout(in_process), "server": server_rollout(server)}
-    more = {"group": 4, "sampling": sampling_of(trainer, most), "repeats": 3, "say": print}
-    for row in bench_rollout(trainer.model, trainer.tokenizer, paths, folder, texts, **more):
-        print(row)

@@ -244,6 +244,23 @@ def test_kappa_interval_coverage():
     assert hits / 400 >= 0.92
 
 
+def test_kappa_interval_coverage_where_items_come_in_clusters():
+    rng, truth, hits, naive = np.random.default_rng(8), 0.6, 0, 0
+    for _ in range(300):
+        x = rng.random(60) < 0.5
+        y = np.where(rng.random(60) < truth, x, rng.random(60) < 0.5)
+        x, y, who = np.repeat(x, 4).tolist(), np.repeat(y, 4).tolist(), np.repeat(np.arange(60), 4).tolist()
+        found, plain = kappa_interval(x, y, n_boot=400, clusters=who), kappa_interval(x, y, n_boot=400)
+        hits, naive = hits + (found.low <= truth <= found.high), naive + (plain.low <= truth <= plain.high)
+    assert hits / 300 >= 0.91 and naive / 300 < 0.75
+
+
+@pytest.mark.parametrize(("clusters", "why"), [([1], "one cluster per item"), ([1, 1], "at least 2 clusters")])
+def test_kappa_interval_refuses_clusters_that_say_nothing(clusters, why):
+    with pytest.raises(UserError, match=why):
+        kappa_interval(["a", "b"], ["a", "b"], clusters=clusters)
+
+
 def test_minimum_detectable_is_detected():
     rng = np.random.default_rng(9)
     effect = minimum_detectable(200, p=0.4)
