@@ -15,13 +15,15 @@ import re
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 # %% ../nbs/17a_study.ipynb #9bff96bb
+from filelock import FileLock, Timeout
+
 from . import pipeline
 from .core import Settings, UserError, content_hash, read_jsonl, versions, write_json, write_jsonl
 from .evaluate import summarize
@@ -197,6 +199,24 @@ def _pay_again(settings: Settings, path: Path) -> None:
     write_jsonl(path / "metrics.jsonl", [{**r, **(told[key] if r["stage"] == "eval" else {})} for r, key in known])
 
 # %% ../nbs/17a_study.ipynb #cdd084e3
+class _Busy(Exception):
+    "Another process is at it."
+
+
+@contextmanager
+def _alone(out: Path, name: str) -> Iterator[None]:
+    "Hold a part of the study against other processes. Raises `_Busy`; the lock goes with the process that holds it."
+    lock = FileLock(out / f".{name.replace('/', '-')}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise _Busy from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+# %% ../nbs/17a_study.ipynb #15fe2c53
 def _run_cell(
     settings: Settings, plan: Mapping[str, Any], cell: _Cell, out: Path, prompts: str, say: Callable[[str], None]
 ) -> None:
@@ -209,8 +229,9 @@ def _run_cell(
     if plan["key"] in GRPO_KEYS and not cell.path.exists():
         shared = out / "shared" / f"seed-{cell.seed}"
         first = settings.replace(**{plan["key"]: plan["values"][0]})  # whichever cell comes first
-        _shared(first, shared, prompts, tell(f"shared/{shared.name}"))
-        _begin(settings, shared, cell.path, prompts)
+        with _alone(out, f"shared/{shared.name}"):
+            _shared(first, shared, prompts, tell(f"shared/{shared.name}"))
+            _begin(settings, shared, cell.path, prompts)
     pipeline.run(settings, cell.path, prompts, True, tell(cell.name))
 
 # %% ../nbs/17a_study.ipynb #6bdeb79f
@@ -226,19 +247,29 @@ def run_study(
     "Run every cell that is not finished; returns the run folders in order. Raises `UserError`, one line."
     out, plan = Path(out), _plan(settings, vary, seeds, prompts)
     _open(out, plan, resume, say)
-    cells, failed = _cells(out, plan), {}
-    for i, cell in enumerate(cells, 1):
-        say(f"[{i}/{len(cells)}] {cell.name}" + (" is finished" if cell.done else ""))
-        if cell.done:
-            continue
-        try:
-            _run_cell(settings.replace(**{plan["key"]: cell.value}, seed=cell.seed), plan, cell, out, prompts, say)
-        except pipeline.Stopped as e:
-            raise pipeline.Stopped(f"{cell.name}: {e}") from None
-        except UserError as e:
-            failed[cell.name] = str(e)
-            say(f"{cell.name}: {e}")
-        gc.collect()  # a trainer and its model refer to each other
+    cells, failed, left = _cells(out, plan), dict[str, str](), list(range(1, len(_cells(out, plan)) + 1))
+    while left:
+        busy = []
+        for i in left:
+            cell = cells[i - 1]
+            own = settings.replace(**{plan["key"]: cell.value}, seed=cell.seed)
+            try:
+                with _alone(out, cell.name):
+                    say(f"[{i}/{len(cells)}] {cell.name}" + (" is finished" if cell.done else ""))
+                    if not cell.done:
+                        _run_cell(own, plan, cell, out, prompts, say)
+            except _Busy:
+                busy.append(i)
+            except pipeline.Stopped as e:
+                raise pipeline.Stopped(f"{cell.name}: {e}") from None
+            except UserError as e:
+                failed[cell.name] = str(e)
+                say(f"{cell.name}: {e}")
+            gc.collect()  # a trainer and its model refer to each other
+        if busy == left:
+            say(f"another process is at {', '.join(cells[i - 1].name for i in busy)}")
+            break
+        left = busy
     if failed:
         name = next(iter(failed))
         raise UserError(f"{len(failed)} of {len(cells)} cells could not be run, first {name}: {failed[name]}")

@@ -348,6 +348,22 @@ def test_a_cell_that_fails_does_not_hold_up_the_others(toy, tmp_path, monkeypatc
     assert {r["value"] for r in before_after(tmp_path / "s")} == {0, 2, 10}
 
 
+def test_two_processes_share_the_cells(toy, tmp_path):
+    from filelock import FileLock
+
+    out, said = tmp_path / "s", []
+    run_study(TINY, {"alpha": [0, 2]}, [0, 1], tmp_path / "alone", say=quiet)
+    out.mkdir()
+    with FileLock(out / ".alpha-0-seed-0.lock"), FileLock(out / ".shared-seed-1.lock"):  # what the other one is at
+        (out / "study.json").write_bytes((tmp_path / "alone" / "study.json").read_bytes())
+        paths = run_study(TINY, {"alpha": [0, 2]}, [0, 1], out, say=said.append, resume=True)
+    done = {f"{p.parent.name}/{p.name}" for p in paths if (p / "stages" / "report.json").exists()}
+    assert done == {"alpha-2/seed-0"}
+    assert said[-1] == "another process is at alpha-0/seed-0, alpha-0/seed-1, alpha-2/seed-1"
+    run_study(TINY, {"alpha": [0, 2]}, [0, 1], out, say=quiet, resume=True)
+    assert digest(out) == digest(tmp_path / "alone")
+
+
 def test_a_user_who_stops_a_cell_stops_the_study(toy, tmp_path, monkeypatch):
     def stopped(*args):
         raise pipeline.Stopped("stopped in stage grpo by the user: add --resume to go on from there")
