@@ -75,7 +75,7 @@ class Benchmark:
     gate: str = ""  # auto: accept the licence, access at once; yes: accept it and wait; '' = open
     paper_n: int | None = None  # rows the paper evaluated; None = the paper does not say
     use: str = ""  # the part the set's rate is counted on, if not the default
-    judge: str = "llama-guard-3"  # default judge
+    judge: str = "llama-guard-3"  # default judge, as `--judge` takes it; lm-eval: the harness counts
 
     def split(self, name: str | None = None) -> Split:
         "A part by name, the default for None. Raises `UserError` for an unknown one."
@@ -272,7 +272,7 @@ _OVER_REFUSAL: tuple[Benchmark, ...] = (
         gate="auto",
         paper_n=100,
         use="safe",
-        judge="refusal",
+        judge="refusal:tuned",
     ),
 )
 
@@ -289,7 +289,7 @@ _OVER_REFUSAL += (
         hub="Paul/XSTest",
         revision="f600c994b256f12867dfa5b3eb3d545a3e62f8b5",
         use="safe",
-        judge="refusal",
+        judge="refusal:tuned",
     ),
 )
 
@@ -307,7 +307,7 @@ _OVER_REFUSAL += (
         configs=("or-bench-hard-1k",),
         revision="e36d8b80e81837c8a8f264bbb2a49f1b32c7e272",
         paper_n=100,
-        judge="refusal",
+        judge="refusal:tuned",
     ),
 )
 

@@ -188,13 +188,10 @@ def load_policy(
         return load_engine(spec, quantization, chat=False)
     if not (Path(adapter) / "adapter_config.json").is_file():
         raise UserError(f"{adapter} holds no adapter_config.json: give the adapter folder of a run")
-    from peft import PeftModel
+    from qalign.artifacts import _put_on
 
     model, tokenizer = load_model(path, quantization, chat=False)
-    try:
-        model = PeftModel.from_pretrained(model, str(adapter))
-    except (KeyError, RuntimeError, ValueError, OSError) as e:
-        raise UserError(f"adapter {adapter} does not fit {spec}: {str(e).splitlines()[0]}") from None
+    model = _put_on(model, Path(adapter))  # every tensor in its place, or one line
     return HFEngine(model.eval(), tokenizer, spec)
 
 # %% ../nbs/14c_capability.ipynb #68eb7d4c

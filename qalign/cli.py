@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['app', 'rubric_app', 'eval_app', 'judge_app', 'bench_app', 'Preset', 'Resume', 'RubricName', 'Engine', 'Folder',
-           'Judges', 'Missing', 'Local', 'Weights', 'overrides', 'demo', 'run', 'settings', 'rubric_show', 'report',
-           'watch', 'study', 'plan_memory', 'launch_config', 'doctor', 'card', 'merge', 'chat', 'rubric_stats',
-           'rubric_lint', 'rubric_diff', 'rubric_test', 'rubric_generate', 'rubric_replay', 'rubric_freeze',
-           'eval_list', 'eval_overlap', 'eval_run', 'eval_rescore', 'eval_compare', 'eval_report', 'eval_share',
-           'judge_tune', 'eval_capability', 'judge_tune_refusals', 'judge_reliability', 'bench_judge',
+           'Judges', 'Rows', 'Missing', 'Local', 'Weights', 'overrides', 'demo', 'run', 'settings', 'rubric_show',
+           'report', 'watch', 'study', 'plan_memory', 'launch_config', 'doctor', 'card', 'merge', 'chat',
+           'rubric_stats', 'rubric_lint', 'rubric_diff', 'rubric_test', 'rubric_generate', 'rubric_replay',
+           'rubric_freeze', 'eval_list', 'eval_overlap', 'eval_run', 'eval_rescore', 'eval_compare', 'eval_report',
+           'eval_share', 'judge_tune', 'eval_capability', 'judge_tune_refusals', 'judge_reliability', 'bench_judge',
            'bench_rollout_command', 'rubric_export', 'rubric_import', 'main']
 
 # %% ../nbs/19_cli.ipynb #3a374a5c
@@ -210,13 +210,21 @@ def study(
     given = {key.strip().replace("-", "_"): [v.strip() for v in values.split(",") if v.strip()]}
     settings = load_settings(preset, **overrides(ctx.args))
     numbers: Any = [s.strip() for s in seeds.split(",") if s.strip()]
-    room.run_study(settings, given, numbers, out, prompts, typer.echo, resume)
+    fault = None
+    try:
+        room.run_study(settings, given, numbers, out, prompts, typer.echo, resume)
+    except UserError as e:
+        if "cells could not be run" not in str(e):
+            raise
+        fault = e  # the others are finished
     record = room.export_study(out, export or out / "record")
     found = room.read_export(record)
     room.curve_figure(found["curves"], found["about"]["plan"]["key"]).savefig(out / "curves.png", dpi=150)
     for line in room.study_findings(found):
         typer.echo(f"- {line}")
     typer.echo(f"{record} holds the record, {out / 'curves.png'} the curves, {out} every run")
+    if fault:
+        raise fault
 
 
 @app.command("plan", context_settings=_MORE)
@@ -460,10 +468,12 @@ def _models(given: list[str]) -> list[Any]:
 Folder = Annotated[Path, typer.Option("--out", help="folder of the rows")]
 _JUDGES = (
     "strings[:LIST], refusal:tuned|FOLDER|ENGINE, ask-refusal:ENGINE, ask-harm:ENGINE, strong-reject:ENGINE, "
-    "llama-guard-3, harmbench, wildguard[-refusal]; more than once"
+    "llama-guard-3, harmbench, wildguard[-refusal]; more than once; strings and refusal:tuned if not given"
 )
 Judges = Annotated[list[str] | None, typer.Option("--judge", help=_JUDGES)]
+_TWO = ["strings", "refusal:tuned"]  # phrases, and the judge that people's labels taught
 _MODELS = "NAME=SPEC[,adapter=FOLDER][,quantization=nf4][,system=TEXT][,transcripts]; more than once"
+Rows = Annotated[str, typer.Option(help="rows a set must have: a number, or any; as published if not given")]
 Missing = Annotated[str, typer.Option(help="a missing answer: harmful (counts, as in the paper) or apart")]
 
 
@@ -479,18 +489,36 @@ def eval_run(
     seed: Annotated[int, typer.Option(help="of sampling, and of --limit")] = 0,
     limit: Annotated[int | None, typer.Option(help="prompts per set, drawn by the seed; all if not given")] = None,
     batch: Annotated[int, typer.Option(help="answers per call, lost by a kill; 0: as the engine wants")] = 0,
+    rows: Rows = "",
+    split: Annotated[str, typer.Option(help="another part of the sets, such as benign; tables call it SET-SPLIT")] = "",
     missing: Missing = "harmful",
 ) -> None:
     "Models answer sets, then judges read; the same command goes on where it was."
     from qalign.generations import Sampling, rates, read_rows, run_grid
 
-    judges = judge or ["strings"]
+    judges = judge or _TWO
     sampling = Sampling(temperature, 1.0, max_tokens, seed)
-    run_grid(_models(model), sets, out, judges, sampling, trials, limit, None, batch, typer.echo)
+    items = _items(sets, _rows(rows), split)
+    run_grid(_models(model), items, out, judges, sampling, trials, limit, None, batch, typer.echo)
     if len(judges) < 2:
         typer.echo(f"{out} holds the answers; rates need two judges: qalign eval rescore {out} --judge …")
         return
     _rates(rates(read_rows(out), missing=missing))
+
+
+def _rows(given: str) -> int | str | None:
+    return int(given) if given.isdecimal() else given or None
+
+
+def _items(sets: list[str], rows: int | str | None, split: str) -> Any:
+    "Published sets as they are, by name; another part or number of rows, as items."
+    from qalign.benchmarks import load_benchmark
+    from qalign.generations import _with_behaviors
+
+    if rows is None and not split:
+        return sets
+    held = {n: load_benchmark(n, None, split or None, rows) for n in sets}
+    return {f"{n}-{split}" if split else n: _with_behaviors(n, x, typer.echo) for n, x in held.items()}
 
 
 def _rates(table: Any) -> None:
@@ -522,7 +550,7 @@ def eval_rescore(
         from qalign.inspect_tasks import rows_from_log
 
         write_rows(folder, rows_from_log(path, name))
-    for who, n in rescore(folder, judge or ["strings"], again=again, progress=typer.echo).items():
+    for who, n in rescore(folder, judge or _TWO, again=again, progress=typer.echo).items():
         typer.echo(f"{who}: {n} verdicts")
     _rates(rates(read_rows(folder), missing=missing))
 
@@ -555,7 +583,8 @@ def eval_report(
     "Tables in Markdown, HTML and LaTeX, and figures, from the records of an evaluation."
     from qalign.tables import write_tables
 
-    for path in write_tables(folder, out, paper or ["qa-lign"], judge or None, missing, capability, base):
+    judges = ["strings:qalign" if j == "strings" else j for j in judge or ()]
+    for path in write_tables(folder, out, paper or ["qa-lign"], judges or None, missing, capability, base):
         typer.echo(path)
 
 
@@ -627,6 +656,7 @@ def eval_capability(
     scored: Annotated[str, typer.Option(help="output (all that is written) or answer (what a user sees)")] = "output",
     tokens: Annotated[int | None, typer.Option(help="longest generation; the harness's 256 if not given")] = None,
     batch: Annotated[int, typer.Option(help="requests per forward pass")] = 8,
+    rows: Rows = "",
     out: Annotated[Path, typer.Option(help="results and lines; the same command goes on")] = Path("runs/capability"),
     against: Annotated[str | None, typer.Option(help="another model in the folder, to compare with")] = None,
     check: Annotated[bool, typer.Option("--check", help="hold ARC and GSM8K against lm_eval's own command")] = False,
@@ -639,9 +669,9 @@ def eval_capability(
     who, asked = name or (f"{engine}+{adapter.name}" if adapter else engine), sets.split(",")
     setup = room.Setup(limit, shots, chat, scored, tokens, batch)
     model = room.load_policy(engine, quantization, adapter)
-    rows = room.run_capability(model, asked, out, who, setup, say=typer.echo)
-    Console(highlight=False).print(_table(room.capability_cells(rows)))
-    if any(r["settings"]["shots_missing"] for r in rows):
+    told = room.run_capability(model, asked, out, who, setup, None, _rows(rows), typer.echo)
+    Console(highlight=False).print(_table(room.capability_cells(told)))
+    if any(r["settings"]["shots_missing"] for r in told):
         typer.echo("* asked without worked examples: there is no training part here")
     if against:
         _print_rows(room.compare_capability(out, against, who), 3)
@@ -663,10 +693,10 @@ def judge_tune_refusals(
     without: Annotated[str, typer.Option(help="models never learned from, by comma; only tested on")] = "",
     out: Annotated[Path, typer.Option(help="record of the folds; the same command goes on")] = Path("runs/refusals"),
     adapter: Annotated[Path, typer.Option(help="folder of the finished judge")] = Path("runs/refusals/adapter"),
-    most: Annotated[int, typer.Option(help="answers learned from, per adapter; 0 = all")] = 400,
+    most: Annotated[int, typer.Option(help="answers learned from, per adapter; 0 = all")] = 480,
     epochs: Annotated[int, typer.Option(help="passes over the answers")] = 1,
     lr: Annotated[float, typer.Option(help="peak learning rate")] = 1e-3,
-    r: Annotated[int, typer.Option(help="rank of the adapter")] = 8,
+    r: Annotated[int, typer.Option(help="rank of the adapter")] = 16,
 ) -> None:
     "A judge of refusals from people's labels: figures on held-out prompts and models first, then an adapter from all."
     from qalign import refusals as room
@@ -764,12 +794,15 @@ def bench_rollout_command(
     from qalign.pipeline import Policy, make_plan
     from qalign.rollout import Sampling, bench_rollout, choose_rollout
 
+    if prompts < 1 or repeats < 1 or steps < 0:
+        got = f"got {prompts}, {repeats} and {steps}"
+        raise UserError(f"expected prompts and repeats of 1 or more, steps of 0 or more, {got}")
     s = load_settings(preset, **{"judge_cache": "off", **overrides(ctx.args)})
     plan, policy = make_plan(s), Policy(s, run or out)
     if run and not (run / "adapter-sft").is_dir():
         raise UserError(f"no adapter-sft in {run}: give the folder of a run that has finished Think-SFT")
     engine = policy.get("adapter-sft") if run else policy.fresh_adapter()
-    judge = policy.judge(plan.rubric) if steps else None
+    judge: Any = policy.judge(plan.rubric) if steps else None
     model, tokenizer = engine.model, engine.tokenizer
 
     def train(rollout: Any, folder: Path) -> None:
@@ -783,7 +816,7 @@ def bench_rollout_command(
         paths[name] = choose_rollout(kind, model, tokenizer, s, out, s.generate_batch)
     texts = [p.text for p in plan.prompts["grpo"]][:prompts]
     sampling = Sampling(s.temperature, s.top_p, s.completion_tokens, (tokenizer.eos_token_id,))
-    how = {"train": train if steps else None, "say": typer.echo}
+    how: dict[str, Any] = {"train": train if steps else None, "say": typer.echo}
     table = bench_rollout(model, tokenizer, paths, out, texts, s.group_size, sampling, repeats, **how)
     keys = ("path", "tokens_per_second", "times_first", "mean", "step", "step_generate", "step_judge", "step_train")
     _print_rows([{k.replace("_", " "): r.get(k, "-") for k in keys if steps or "step" not in k} for r in table])

@@ -175,6 +175,8 @@ def load_model(
     chat: bool = True,  # refuse a model without a chat template; a classifier may have none
 ) -> tuple[Any, Any]:
     "A causal language model on the GPU if there is one, and its tokenizer (left padding, a pad token)."
+    if quantization not in ("none", "nf4", "fp32"):
+        raise UserError(f"expected quantization none (bf16), nf4 or fp32, got {quantization!r}")
     quiet()
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig

@@ -24,23 +24,23 @@ from typing import Any
 # %% ../nbs/14a_generations.ipynb #71c98cae
 from .benchmarks import Item, load_benchmark
 from .cache import VerdictCache
-from .core import UserError, cache_path, content_hash, read_jsonl, write_json, write_jsonl
-from .engine import EngineError, HFEngine, Usage, load_engine, load_model, model_path
+from .core import UserError, cache_path, content_hash, data_path, installed, read_jsonl, write_json, write_jsonl
+from .engine import EngineError, HFEngine, Usage, _embedded_gguf, load_engine, load_model, model_path
 from .rubric import Verdict
 from qalign.safety import (
+    _GONE,
     Decision,
     SafetyJudge,
-    _Case,
     _event,
+    _side_by_side,
     _tokenizer,
     classifier,
     llm_judge,
     refusal_judge,
     string_judge,
-    two_judges,
 )
-from .server import ServerEngine
-from .stats import holm, paired_bootstrap
+from .server import ServerEngine, load_server
+from .stats import holm, rate_difference
 from .trace import answer_of, parse_trace
 from .tune import judge_card
 
@@ -121,6 +121,16 @@ class Store:
         "Keep things in one transaction and return what now stands under these keys: the first write wins."
         stands = self.cache.put_many({k: _dressed(x) for k, x in things.items()})
         return {k: _undressed(v) for k, v in stands.items()}
+
+    def forget(
+        self,
+        keys: Iterable[str],
+    ) -> None:
+        "Drop things, so that they are asked again."
+        with self.cache._open() as db:
+            db.execute("BEGIN IMMEDIATE")
+            db.executemany("DELETE FROM verdicts WHERE key = ?", [(k,) for k in keys])
+            db.execute("COMMIT")
 
     def __len__(self) -> int:
         return len(self.cache)
@@ -214,6 +224,25 @@ def generate(
     return [[found[keys[p, t]] for t in range(trials)] for p in prompts]
 
 # %% ../nbs/14a_generations.ipynb #39448bb2
+_HUB = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # anything else is a folder
+
+
+def _check_engine(who: str, spec: str) -> None:
+    "Raise `UserError` if an engine cannot be loaded, as far as can be seen without weights and network."
+    kind, _, name = spec.partition(":")
+    if kind == "openai":
+        load_server(spec)
+        return
+    if kind == "vllm" and not installed("vllm"):
+        raise UserError(f"{who}: {spec} needs vllm: pip install 'qalign[vllm]', or use hf:{name}")
+    if spec in ("smollm2", "vllm:smollm2"):
+        _embedded_gguf()
+        return
+    path = name if kind == "vllm" and name else model_path(spec)
+    if not _HUB.fullmatch(path) and not Path(path).is_dir():
+        raise UserError(f"{who}: no folder {path}: give that of a model, or its name on the hub")
+
+# %% ../nbs/14a_generations.ipynb #57258141
 @dataclass(frozen=True)
 class Model:
     "A model that answers."
@@ -226,18 +255,24 @@ class Model:
     system: str = ""  # system message
     engine: Any = field(default=None, compare=False, repr=False)  # the model, if it is loaded already
 
+    def check(self) -> None:
+        "Raise `UserError` for weights or an adapter that are not there, as far as can be seen without loading."
+        if self.engine is None:
+            _check_engine(self.name, self.spec)
+        if self.engine is None and self.adapter and not (Path(self.adapter) / "adapter_config.json").is_file():
+            raise UserError(f"{self.name}: no adapter_config.json in {self.adapter}: give the folder of an adapter")
+
     def load(self) -> Any:
-        "The engine. Raises `UserError` for an adapter that is not there."
+        "The engine. Raises `UserError` for an adapter that is not there, or does not fit."
+        self.check()
         if self.engine is not None:
             return self.engine
         if not self.adapter:
             return load_engine.__wrapped__(self.spec, self.quantization)
-        if not (Path(self.adapter) / "adapter_config.json").is_file():
-            raise UserError(f"{self.name}: no adapter_config.json in {self.adapter}: give the folder of an adapter")
-        from peft import PeftModel
+        from qalign.artifacts import _put_on
 
         base, tokenizer = load_model(model_path(self.spec), self.quantization)
-        return HFEngine(PeftModel.from_pretrained(base, self.adapter).eval(), tokenizer, self.spec)
+        return HFEngine(_put_on(base, Path(self.adapter)).eval(), tokenizer, self.spec)
 
 
 def _free() -> None:
@@ -327,6 +362,15 @@ def read_rows(
         raise UserError(f"{folder} holds no rows{f' of {model}' if model else ''}: {there}")
     return rows
 
+# %% ../nbs/14a_generations.ipynb #48ae0893
+def _rows_at(path: Path) -> list[dict[str, Any]]:
+    "The rows of one file, texts and all. Raises `UserError` for rows without texts."
+    rows = list(read_jsonl(path))
+    if not all("output" in row and "prompt" in row for row in rows):
+        copied = "holds no texts, as a copy made by `qalign eval share`"
+        raise UserError(f"{path} {copied}: give the folder of the evaluation itself")
+    return rows
+
 # %% ../nbs/14a_generations.ipynb #24edc41a
 @dataclass
 class _Phase:
@@ -385,6 +429,11 @@ def _full_name(name: str) -> str:
     return "strings:qalign" if name in ("strings", "strings:") else name
 
 
+def _tuned(rest: str) -> bool:
+    "Whether what stands behind refusal: names a tuned judge."
+    return rest == "tuned" or (Path(rest) / "judge.json").is_file()
+
+
 def named_judge(
     name: str,  # see the table above
     quantization: str = "none",  # of a judge in this process: none, nf4 or fp32
@@ -394,7 +443,7 @@ def named_judge(
     kind, _, rest = full.partition(":")
     if kind == "strings":
         return string_judge(rest)
-    if kind == "refusal" and (rest == "tuned" or (Path(rest) / "judge.json").is_file()):
+    if kind == "refusal" and _tuned(rest):
         from qalign.refusals import refusal_judge_for
 
         tuned = refusal_judge_for() if rest == "tuned" else refusal_judge_for(judge_card(rest)["base"]["spec"], rest)
@@ -406,21 +455,52 @@ def named_judge(
     return replace(made, name=full)
 
 # %% ../nbs/14a_generations.ipynb #282bb4da
+def _check_tuned(name: str, folder: Path) -> None:
+    "Raise `UserError` if a folder holds no tuned judge, or its base is not there."
+    if not (folder / "judge.json").is_file():
+        make = "make it with `qalign judge tune-refusals`"
+        raise UserError(f"{name}: no judge of refusals {folder.name}: {make}")
+    try:
+        base = str(judge_card(folder)["base"]["spec"])
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{name}: judge.json of {folder.name} does not name its base: copy the folder again") from None
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise UserError(f"{name}: no adapter_model.safetensors in {folder.name}: copy the folder again")
+    _check_engine(name, base)
+
+
+def _check_judge(name: str) -> None:
+    "Raise `UserError` if a judge named in full cannot be had, as far as can be seen without weights and network."
+    kind, _, rest = name.partition(":")
+    if kind == "strings":
+        string_judge(rest)
+    elif kind == "refusal" and _tuned(rest):
+        from qalign.refusals import _SHIPPED
+
+        _check_tuned(name, data_path("adapters", _SHIPPED) if rest == "tuned" else Path(rest))
+    elif kind == "refusal" and rest != "smollm2" and not re.match("(hf|vllm|openai):", rest):
+        known = "give tuned, the folder of a tuned judge, or an engine such as hf:ID"
+        raise UserError(f"{name}: no judge.json in {rest}, and it is no engine: {known}")
+    elif rest:
+        _check_engine(name, rest)
+
+# %% ../nbs/14a_generations.ipynb #1c660059
 _AT_ONCE = 64  # cases between two writes
 _SHOWN = ("label", "probability", "status", "reason", "score")
 
 
-def _decision_key(judge: SafetyJudge, row: Mapping[str, Any]) -> str:
-    who = [judge.name, judge.kind, judge.engine, judge.note]
-    case = [row.get(k) or "" for k in ("prompt", "answer", "behavior", "context", "tags")]
-    return hashlib.sha256(json.dumps(["decision", who, case]).encode()).hexdigest()
+def _decision_keys(judge: SafetyJudge, rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    "The name of a judge's decision on each row."
+    who = [judge.name, judge.kind, judge.engine, judge.note, *([dict(judge.identity())] if judge.identity else [])]
+    cases = ([row.get(k) or "" for k in ("prompt", "answer", "behavior", "context", "tags")] for row in rows)
+    return [hashlib.sha256(json.dumps(["decision", who, c], sort_keys=True).encode()).hexdigest() for c in cases]
 
 
 def _decide(
     judge: SafetyJudge, rows: Sequence[Mapping[str, Any]], store: Store, tell: Callable[[int, float | None], None]
 ) -> list[Decision]:
     "One decision per row, from the store or made now."
-    keys = [_decision_key(judge, row) for row in rows]
+    keys = _decision_keys(judge, rows)
     found: dict[str, Decision] = store.get(keys) if judge.engine else {}
     todo = list({k: row for k, row in zip(keys, rows, strict=True) if k not in found}.items())
     tell(len(rows) - len(todo), None)
@@ -433,17 +513,17 @@ def _decide(
         tell(len(some), time.perf_counter() - begun)
     return [found[k] for k in keys]
 
-# %% ../nbs/14a_generations.ipynb #1c660059
+# %% ../nbs/14a_generations.ipynb #565692ad
 def _open_rows(path: Path, name: str, again: bool) -> list[int]:
     "Numbers of the rows of a file that a judge has still to see."
-    rows = enumerate(read_jsonl(path))
+    rows = enumerate(_rows_at(path))
     known = ((n, row, row["verdicts"].get(name)) for n, row in rows)
     return [n for n, row, v in known if row["output"] is not None and (again or not v or v["status"] == "failed")]
 
 
 def _judged(judge: SafetyJudge, path: Path, numbers: Sequence[int], store: Store, progress: _Progress) -> None:
     "Put a judge to some rows of a file and write it."
-    rows = list(read_jsonl(path))
+    rows = _rows_at(path)
     what = f"verdicts of {judge.name} on {path.parent.name}/{path.stem}"
 
     def tell(n: int, seconds: float | None) -> None:
@@ -455,12 +535,23 @@ def _judged(judge: SafetyJudge, path: Path, numbers: Sequence[int], store: Store
         rows[n]["verdicts"][judge.name] = {"kind": judge.kind, **said, "note": judge.note}
     write_jsonl(path, rows)
 
-# %% ../nbs/14a_generations.ipynb #565692ad
+# %% ../nbs/14a_generations.ipynb #a4090d67
 def _judge_names(judges: Sequence[str | SafetyJudge]) -> list[str]:
+    "What judges are called in the rows. Raises `UserError` for one that repeats, or cannot be had."
     names = [_full_name(j) if isinstance(j, str) else j.name for j in judges]
     if not names or len(set(names)) < len(names):
         raise UserError(f"expected judges, each once, got {', '.join(names) or 'none'}")
+    for name, judge in zip(names, judges, strict=True):
+        if isinstance(judge, str):
+            _check_judge(name)
     return names
+
+
+def _forget(judge: SafetyJudge, files: Mapping[Path, Sequence[int]], store: Store) -> None:
+    "Drop what a judge said of some rows of some files."
+    for path, numbers in files.items():
+        rows = _rows_at(path)
+        store.forget(_decision_keys(judge, [rows[n] for n in numbers]))
 
 
 def _judge_files(
@@ -474,6 +565,8 @@ def _judge_files(
     for name, given in zip(names, judges, strict=True):
         if todo[name]:
             judge = named_judge(given) if isinstance(given, str) else given
+            if again and judge.engine:
+                _forget(judge, todo[name], store)
             for path, numbers in todo[name].items():
                 _judged(judge, path, numbers, store, progress)
             del judge
@@ -498,7 +591,7 @@ def rescore(
     folder: Path | str,  # rows, as `run_grid` or `write_rows` left them
     judges: Sequence[str | SafetyJudge],  # names, see `named_judge`, or judges
     store: Store | None = None,  # None: the shared one
-    again: bool = False,  # also where there is a verdict
+    again: bool = False,  # also where there is a verdict, and none is taken from the store
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, int]:
     "Add verdicts to stored answers; how many, by judge. Raises `UserError` if there are no rows or a judge repeats."
@@ -566,6 +659,22 @@ class _Grid:
         return model.load()
 
 # %% ../nbs/14a_generations.ipynb #47129bd6
+def _old(grid: _Grid, model: Model, name: str) -> list[dict[str, Any]]:
+    "One model's rows of one set, as they stand."
+    path = grid.out / name / f"{model.name}.jsonl"
+    return _rows_at(path) if path.exists() else []
+
+
+def _kept(grid: _Grid, model: Model, engine: Any, name: str, items: Sequence[Item]) -> list[dict[str, Any]]:
+    "The rows that this run does not redo. Raises `UserError` if they are answers of other weights."
+    redone, who = {(item.id, t) for item in items for t in range(grid.trials)}, engine.identity()
+    kept = [row for row in _old(grid, model, name) if (row["id"], row["trial"]) not in redone]
+    if any(row["key"] != grid.sampling.key(who, model.system, row["prompt"], row["trial"]) for row in kept):
+        other = f"{len(kept)} answers to {name} from another {model.name}, with other weights, that this run leaves"
+        raise UserError(f"{grid.out} holds {other}: run all prompts and trials again, or give another --out")
+    return kept
+
+# %% ../nbs/14a_generations.ipynb #c53679c2
 def _answers(grid: _Grid, model: Model, engine: Any, name: str, items: Sequence[Item]) -> list[dict[str, Any]]:
     "One model's rows of one set."
     what, before = f"answers of {model.name} to {name}", grid.progress.write.done
@@ -577,19 +686,20 @@ def _answers(grid: _Grid, model: Model, engine: Any, name: str, items: Sequence[
     said, who = generate(engine, [i.prompt for i in items], grid.store, *how, tell=tell), engine.identity()
     if stored := len(items) * grid.trials - (grid.progress.write.done - before):
         grid.progress.step(grid.progress.write, what, stored)
-    path = grid.out / name / f"{model.name}.jsonl"
-    old = {r["key"]: r["verdicts"] for r in read_jsonl(path)} if path.exists() else {}
+    old = {r["key"]: r["verdicts"] for r in _old(grid, model, name)}
     rows = []
     for item, answers in zip(items, said, strict=True):
         for t, answer in enumerate(answers):
             key = grid.sampling.key(who, model.system, item.prompt, t)
             rows.append({**_row(model, name, item, t, key, answer), "verdicts": old.get(key, {})})
-    return rows
+    return rows + _kept(grid, model, engine, name, items)
 
 
 def _answer(grid: _Grid, model: Model, sets: Mapping[str, Sequence[Item]]) -> list[Path]:
     "One model's files of rows. The engine is gone when this returns."
     engine = grid.engine(model, [i.prompt for items in sets.values() for i in items])
+    for name, items in sets.items():
+        _kept(grid, model, engine, name, items)  # refused before anything is drawn
     known = {"what": _what(model), "files": _files(model), "identity": dict(engine.identity())}
     grid.record["models"][model.name] = known
     write_json(grid.out / "grid.json", grid.record)
@@ -614,6 +724,8 @@ def run_grid(
         raise UserError(f"expected trials and limit of 1 or more, batch of 0 or more, got {trials}, {limit}, {batch}")
     say, n_judges = progress or (lambda line: None), len(_judge_names(judges))
     chosen = _sets(sets, limit, sampling.seed, say)
+    for model in models:
+        model.check()
     record, outputs = _record(Path(out), models, sampling), len(models) * trials * sum(map(len, chosen.values()))
     steps = _Progress(say, _Phase(outputs), _Phase(outputs * n_judges))
     with _opened(store) as own:
@@ -626,63 +738,63 @@ def run_grid(
     return paths
 
 # %% ../nbs/14a_generations.ipynb #481f53a0
-def _case_of(row: Mapping[str, Any]) -> tuple[str, ...]:
-    return row["prompt"], row["answer"], row.get("behavior") or row["prompt"], row.get("context") or ""
+def _unwritten(row: Mapping[str, Any]) -> bool:
+    return bool(row.get("error")) or row.get("output", "") is None
 
 
-def _recorded(rows: Iterable[Mapping[str, Any]], name: str) -> SafetyJudge | None:
-    "A judge that says what the rows say it said; None if they do not know it."
-    told, kind, note = {}, "", ""
-    for row in rows:
-        if v := row["verdicts"].get(name):
-            told[_case_of(row)] = Decision(**{k: v[k] for k in _SHOWN})
-            kind, note = v["kind"], v["note"]
-    unknown = Decision(None, status="failed", reason="not judged yet")
-
-    def ask(cases: list[_Case]) -> list[Decision]:
-        return [told.get((c.prompt, c.answer, c.behavior, c.context), unknown) for c in cases]
-
-    return SafetyJudge(name, kind, ask, note=note) if told else None
+def _said(row: Mapping[str, Any], judge: str, missing: str) -> Decision:
+    "What the row says a judge said of it, as it counts."
+    v = row["verdicts"].get(judge)
+    if _unwritten(row) or not v or v["status"] == "failed":
+        return Decision(None, status="failed", reason="no verdict")
+    if v["status"] == "missing" or (row["transcripts"] and row["problem"] in _GONE):
+        label = {"harm": "harmful", "refusal": "compliance"}[v["kind"]] if missing == "harmful" else None
+        return Decision(label, None, "missing", row["problem"])
+    return Decision(v["label"], v.get("probability"), "ok", v.get("reason", ""), v.get("score"))
 
 
-def _for_judges(row: Mapping[str, Any]) -> dict[str, Any]:
-    more = {k: row[k] for k in ("behavior", "context", "tags") if k in row}
-    ids = {"id": f"{row['id']}/{row['trial']}", "prompt_id": row["prompt_hash"]}
-    return {"prompt": row["prompt"], "output": row["output"], **more, **ids}
+def _check_missing(missing: str) -> None:
+    if missing not in ("harmful", "apart"):
+        raise UserError(f"expected missing to be harmful or apart, got {missing!r}")
 
 # %% ../nbs/14a_generations.ipynb #fee2927a
 def _costs_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     "Length, cost and time of one model on one set."
-    written = [r["tokens_out"] for r in rows if r["tokens_out"] is not None]
+    written = [r["tokens_out"] for r in rows if r.get("tokens_out") is not None]
     ends = [r["finish"] == "length" for r in rows if r["finish"]]
     return {
         "prompts": len({r["prompt_hash"] for r in rows}),
-        "not_written": sum(r["output"] is None for r in rows),
-        "tokens_in": sum(r["tokens_in"] or 0 for r in rows) or None,
+        "not_written": sum(map(_unwritten, rows)),
+        "tokens_in": sum(r.get("tokens_in") or 0 for r in rows) or None,
         "tokens_out": sum(written) / len(written) if written else None,
         "cut": sum(ends) / len(ends) if ends else None,
-        "seconds": sum(r["seconds"] or 0.0 for r in rows),
+        "seconds": sum(r.get("seconds") or 0.0 for r in rows),
     }
 
 
-def _usable(rows: Sequence[Mapping[str, Any]], judges: Sequence[SafetyJudge]) -> tuple[str, list[SafetyJudge]]:
+def _usable(
+    rows: Sequence[Mapping[str, Any]], seen: Mapping[str, Mapping[str, Any]]
+) -> tuple[str, dict[str, Mapping[str, Any]]]:
     "What is counted in rows of one kind, and the judges that can say it."
     of = "attack success" if rows[0]["label"] == "harmful" else "false refusal"
-    return of, [j for j in judges if of == "attack success" or j.kind == "refusal"]
+    return of, {name: about for name, about in seen.items() if of == "attack success" or about["kind"] == "refusal"}
 
 
-def _rate_lines(rows: Sequence[Mapping[str, Any]], judges: Sequence[SafetyJudge], missing: str) -> list[dict[str, Any]]:
+def _rate_lines(
+    rows: Sequence[Mapping[str, Any]], of: str, usable: Mapping[str, Mapping[str, Any]], missing: str
+) -> list[dict[str, Any]]:
     "One line per judge of one model's answers to prompts of one kind; the first judge is held against each other."
-    of, usable = _usable(rows, judges)
     head, costs = {"model": rows[0]["model"], "set": rows[0]["set"]}, _costs_of(rows)
-    asked = [_for_judges(r) for r in rows if r["output"] is not None]
-    lines = []
-    for n, other in enumerate(usable[1:]):
-        two = two_judges(asked, usable[0], other, of, missing, rows[0]["transcripts"])
+    written = [r for r in rows if not _unwritten(r)]
+    ids, prompts = [f"{r['id']}/{r['trial']}" for r in written], [r["prompt_hash"] for r in written]
+    lines, (first, *others) = list[dict[str, Any]](), usable
+    for n, other in enumerate(others):
+        told = {name: [_said(r, name, missing) for r in written] for name in (first, other)}
+        two = _side_by_side(ids, prompts, told, [usable[name]["note"] for name in told], of)
         kappa = dict(zip(("kappa", "kappa_low", "kappa_high"), two.kappa, strict=True))
         pair = {**kappa, "both": two.n, "differ": list(two.differ)}
-        for line, partner in ((two.table[0], other), (two.table[1], usable[0]))[bool(n) :]:
-            lines.append({**head, **line, "with": partner.name, **pair, **costs})
+        for line, partner in ((two.table[0], other), (two.table[1], first))[bool(n) :]:
+            lines.append({**head, **line, "with": partner, **pair, **costs})
     return lines
 
 # %% ../nbs/14a_generations.ipynb #49529e06
@@ -704,8 +816,8 @@ def _with_ends(estimate: float | None, low: float | None, high: float | None) ->
 class _Rates:
     "Rates of models on sets by judge."
 
-    lines: tuple[dict[str, Any], ...]
-    notes: tuple[str, ...] = ()  # groups without a rate, and why
+    lines: tuple[dict[str, Any], ...]  # `differ` names all rows on which the judge differs from the one it stands with
+    notes: tuple[str, ...] = ()  # the first of these rows; groups without a rate, and why
 
     @property
     def cells(self) -> list[list[str]]:
@@ -726,42 +838,53 @@ class _Rates:
 
     def _repr_markdown_(self) -> str:
         head, *rows = ["| " + " | ".join(row) + " |" for row in self.cells]
-        return "\n".join([head, "|" + "---|" * (head.count("|") - 1), *rows, "", *self.notes])
+        return "\n".join([head, "|" + "---|" * (head.count("|") - 1), *rows, *(f"\n{n}" for n in self.notes)])
 
 # %% ../nbs/14a_generations.ipynb #f6eaea04
-def _seen_by(rows: Sequence[Mapping[str, Any]], judges: Sequence[str] | None, least: int) -> list[SafetyJudge]:
-    "Recorded judges. Raises `UserError` if the rows know fewer than are needed, or one that was named is unknown."
-    known = list(dict.fromkeys(name for row in rows for name in row["verdicts"]))
-    names = [_full_name(n) if n == "strings" else n for n in judges] if judges else known
+def _seen_by(rows: Sequence[Mapping[str, Any]], judges: Sequence[str] | None, least: int) -> dict[str, dict[str, Any]]:
+    "Recorded judges, with kind and note. Raises `UserError` if there are too few, or one that was named is unknown."
+    known = {name: v for row in rows for name, v in row["verdicts"].items()}
+    names = [_full_name(n) if n == "strings" else n for n in judges] if judges else list(known)
     if unknown := [n for n in names if n not in known]:
         raise UserError(f"the rows have no verdicts of {unknown[0]}: they have {', '.join(known) or 'none'}")
     if len(names) < least:
         raise UserError(
             f"expected {least} judges, the rows have {', '.join(names) or 'none'}: add one with `qalign eval rescore`"
         )
-    found = (_recorded(rows, name) for name in names)
-    return [judge for judge in found if judge is not None]
+    return {name: {k: known[name][k] for k in ("kind", "note")} for name in names}
 
 
+def _differing(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    "Which rows a person should read, one line per pair of judges that differ."
+    out = []
+    for r in lines[1:]:  # the first two lines are of one pair
+        if ids := r["differ"]:
+            pair = f"{r['with']} and {r['judge']} differ on {len(ids)} of {r['both']} answers"
+            out.append(f"{r['model']} on {r['set']}: {pair}: {', '.join(ids[:4])}{', …' if len(ids) > 4 else ''}")
+    return out
+
+# %% ../nbs/14a_generations.ipynb #1f67085e
 def rates(
     rows: Sequence[Mapping[str, Any]],  # of `read_rows`, any models and sets
     judges: Sequence[str] | None = None,  # names in the rows, two or more; None: all
     missing: str = "harmful",  # an answer that is missing: harmful (counts, as in the paper) or apart
 ) -> _Rates:
     "Attack success and false refusals from two judges side by side. Raises `UserError` for fewer judges than two."
-    told = _seen_by(rows, judges, 2)
+    _check_missing(missing)
+    seen = _seen_by(rows, judges, 2)
     groups: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["set"], row["label"], row["model"]), []).append(row)
     lines: list[dict[str, Any]] = []
-    notes = []
+    notes = list[str]()
     for (name, _, model), some in groups.items():
-        of, usable = _usable(some, told)
-        if len(usable) < 2 or all(r["output"] is None for r in some):
+        of, usable = _usable(some, seen)
+        if len(usable) < 2 or all(map(_unwritten, some)):
             why = f"a rate of {of} needs two judges of refusals" if len(usable) < 2 else "no answer was written"
             notes.append(f"{model} on {name}: {why}")
         else:
-            lines += _rate_lines(some, told, missing)
+            new = _rate_lines(some, of, usable, missing)
+            lines, notes = lines + new, notes + _differing(new)
     return _Rates(tuple(lines), tuple(notes))
 
 # %% ../nbs/14a_generations.ipynb #cf8bd81d
@@ -785,13 +908,6 @@ def _paired(
             alone[key[:2]] = alone.get(key[:2], 0) + 1
     return pairs, alone
 
-
-def _happened(rows: Sequence[Mapping[str, Any]], judge: SafetyJudge, of: str, missing: str) -> list[bool | None]:
-    "Per row, whether it counts; None where nothing can be said."
-    asked = [_for_judges(r) for r in rows if r["output"] is not None]
-    told = iter(judge.decide(asked, missing, bool(rows[0]["transcripts"])) if asked else [])
-    return [None if r["output"] is None else _event(next(told), of) for r in rows]
-
 # %% ../nbs/14a_generations.ipynb #56d37ffa
 def _flips(prompts: Sequence[str], x: Sequence[bool | None], y: Sequence[bool | None]) -> tuple[int, int]:
     "Prompts on which it happens more often in the second, and less often."
@@ -810,10 +926,9 @@ def _change(prompts: Sequence[str], x: Sequence[bool | None], y: Sequence[bool |
     line: dict[str, Any] = {"a": means[0], "b": means[1]}
     line |= dict.fromkeys(("difference", "low", "high", "p", "p_holm"))
     line |= {"n": len(both), "prompts": len(seen), "more": more, "less": less}
-    if len(seen) < 2:  # no spread to be seen
+    if not both:
         return line
-    left, right = ([None if v is None else float(v) for v in some] for some in (x, y))
-    d = paired_bootstrap(left, right, prompts)
+    d = rate_difference(x, y, prompts)
     return {**line, "difference": d.estimate, "low": d.low, "high": d.high, "p": d.p}
 
 # %% ../nbs/14a_generations.ipynb #df4cbf1c
@@ -837,6 +952,8 @@ def _examples(
     for way, before, after in (("no more", True, False), ("new", False, True)):
         shown: dict[str, dict[str, Any]] = {}
         for (a, b), u, v in zip(pairs, x, y, strict=True):
+            if not ("output" in a and "output" in b):
+                continue
             if (u, v) == (before, after) and a["prompt_hash"] not in shown and len(shown) < most:
                 said = {"prompt": _short(a["prompt"]), "a": _short(a["answer"]), "b": _short(b["answer"])}
                 shown[a["prompt_hash"]] = {**head, "way": way, "id": f"{a['id']}/{a['trial']}", **said}
@@ -852,6 +969,7 @@ class _Comparison:
     b: str
     lines: tuple[dict[str, Any], ...]  # per set and judge
     examples: tuple[dict[str, Any], ...]  # flipped answers
+    notes: tuple[str, ...] = ()  # what a reader of the judges' numbers must know
 
     @property
     def cells(self) -> list[list[str]]:
@@ -867,7 +985,7 @@ class _Comparison:
         return [head, *rows]
 
     def __repr__(self) -> str:
-        lines = _aligned(self.cells)
+        lines = [*_aligned(self.cells), *self.notes]
         for e in self.examples:
             lines += ["", f"{e['set']} {e['id']}: {e['of']} {e['way']} ({e['judge']})", f"  asked  {e['prompt']}"]
             lines += [f"  {self.a}  {e['a'] or '(no answer)'}", f"  {self.b}  {e['b'] or '(no answer)'}"]
@@ -881,7 +999,8 @@ class _Comparison:
         names = ["", "asked", self.a, self.b]
         keys = ("set", "id", "of", "way")
         said = [[" ".join(e[k] for k in keys), e["prompt"], e["a"] or "–", e["b"] or "–"] for e in self.examples]
-        return table(self.cells) + (table([names, *said]) if said else "")
+        notes = "".join(f"<p>{html.escape(n)}</p>" for n in self.notes)
+        return table(self.cells) + notes + (table([names, *said]) if said else "")
 
 # %% ../nbs/14a_generations.ipynb #cb573df5
 def compare(
@@ -892,21 +1011,25 @@ def compare(
     examples: int = 2,  # flipped answers shown per set and way, by the first judge
 ) -> _Comparison:
     "What changed from a to b on the same prompts. Raises `UserError` if there is nothing to compare."
+    _check_missing(missing)
     names = [{r["model"] for r in rows} for rows in (a, b)]
     if any(len(n) != 1 for n in names) or names[0] == names[1]:
         raise UserError("expected the rows of one model and of another: give read_rows(folder, model) of each")
-    (pairs, alone), told = _paired(a, b), _seen_by([*a, *b], judges, 1)
+    (pairs, alone), seen = _paired(a, b), _seen_by([*a, *b], judges, 1)
     if not pairs:
         raise UserError(f"{min(names[0])} and {min(names[1])} have no prompt in common: run both on the same sets")
     lines, shown = [], []
     for (name, label), some in pairs.items():
-        of, usable = _usable(some[0], told)
+        of, usable = _usable(some[0], seen)
         prompts = [left["prompt_hash"] for left, _ in some]
         for n, judge in enumerate(usable):
-            x, y = (_happened([pair[side] for pair in some], judge, of, missing) for side in (0, 1))
-            head = {"set": name, "of": of, "judge": judge.name}
+            x, y = ([_event(_said(pair[side], judge, missing), of) for pair in some] for side in (0, 1))
+            head = {"set": name, "of": of, "judge": judge}
             lines.append({**head, **_change(prompts, x, y), "unpaired": alone.get((name, label), 0)})
             shown += _examples(some, x, y, head, examples if n == 0 else 0)
-    for r, p in zip(tested := [r for r in lines if r["p"] is not None], holm([r["p"] for r in tested]), strict=True):
-        r["p_holm"] = p
-    return _Comparison(min(names[0]), min(names[1]), tuple(lines), tuple(shown))
+    for r, p in zip(lines, holm([1.0 if r["p"] is None else r["p"] for r in lines]), strict=True):
+        r["p_holm"] = None if r["p"] is None else p  # nothing to test is a test, too, as in the tables
+    notes = [f"{judge}: {about['note'] or 'no figures of its own'}" for judge, about in seen.items()]
+    if examples and not all("output" in r for r in (*a, *b)):
+        notes.append("no examples: the rows hold no texts")
+    return _Comparison(min(names[0]), min(names[1]), tuple(lines), tuple(shown), tuple(notes))

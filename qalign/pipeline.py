@@ -8,12 +8,14 @@ __all__ = ['STAGES', 'Plan', 'rubric_for', 'make_plan', 'Folder', 'open_folder',
 
 # %% ../nbs/17_pipeline.ipynb #d6323bb6
 import errno
+import gc
 import json
 import os
 import shutil
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,6 +24,7 @@ from typing import Any
 
 # %% ../nbs/17_pipeline.ipynb #400e083d
 from .artifacts import name_base, write_card
+from .benchmarks import refuse_evaluation_rows
 from .cache import VerdictCache
 from qalign.core import (
     Settings,
@@ -109,12 +112,14 @@ def make_plan(
     parts = {"sft_benign": [], "canaries": [], **parts}
     source = Path(prompts).name if Path(prompts).exists() else f"{prompts}, shipped with the kit"
     disjoint(parts["sft"] + parts["grpo"], parts["harmful"])
+    refuse_evaluation_rows(parts["sft"] + parts["grpo"] + parts["sft_benign"])
     return Plan(settings, rubric_for(settings), parts, tuple(notes), source)
 
-# %% ../nbs/17_pipeline.ipynb #81a84b18
+# %% ../nbs/17_pipeline.ipynb #d1389711
 STAGES = ("start", "records", "sft", "after_sft", "grpo", "after_grpo", "report")
 _LEFT = {"grpo": ("adapter",), "sft": ("trainer-sft", "adapter-sft")}
 _RESUMES = ("grpo",)  # stages that cut their records back to a checkpoint of their own
+_FREE = ("report_to", "save_steps", "stop_kl", "stop_unscored", "stop_truncated")  # settings that a resume may change
 
 
 @dataclass
@@ -154,10 +159,14 @@ def open_folder(
     if folder.path.exists() and not folder.path.is_dir():
         raise UserError(f"{path} is a file: give another --out")
     if record.exists():
-        if changed := _difference(json.loads(record.read_text(encoding="utf-8")), plan.identity):
+        old = json.loads(record.read_text(encoding="utf-8"))
+        if changed := _difference(old, plan.identity):
             raise UserError(f"{path} holds a run with another {changed}: give another --out, or run it as it was")
         if not resume:
             raise UserError(f"{path} holds a run already: add --resume to go on with it, or give another --out")
+        now = {**old, "settings": {**old["settings"], **plan.settings.to_dict()}}
+        if now != old and first():
+            write_json(record, now)
         return folder
     if folder.path.exists() and any(folder.path.iterdir()):
         raise UserError(f"{path} is not empty and holds no run: give another --out")
@@ -177,7 +186,7 @@ def _there(path: Path) -> Path:
 
 def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     for key, value in new["settings"].items():
-        if old.get("settings", {}).get(key) != value:
+        if key not in _FREE and old.get("settings", {}).get(key) != value:
             return f"{key} ({old.get('settings', {}).get(key)!r}, now {value!r})"
     return next((key for key in ("rubric", "prompts", "judge") if old.get(key) != new[key]), "")
 
@@ -272,6 +281,7 @@ class Run:
     folder: Folder
     policy: Policy
     resume: bool = False  # whether checkpoints of GRPO may be there
+    callbacks: Sequence[Any] = ()  # of transformers, for GRPO
 
     def evaluation(self, stage: str, name: str, adapter: str | None) -> dict[str, Any]:
         "Evaluate one model on the held-out prompts."
@@ -293,6 +303,7 @@ class Run:
         engine, judge = self.policy.get(None), self.policy.judge(self.plan.rubric)
         path, journal = self.folder.path, self.folder.path / "records-journal.jsonl"
         records, _ = build_records(p["sft"], engine, judge, s, p["sft_benign"], self.folder.say, journal=journal)
+        _free()  # writers of their own are not needed again
         write_jsonl(path / "records.jsonl", [r.to_dict() for r in records])
         save_dataset(records, path / "sft-dataset.jsonl")
         for r in records[:2]:
@@ -324,7 +335,7 @@ class Run:
         canaries, say = self._canaries(engine, judge), self.folder.say
         rollout = choose_rollout(s.rollout, engine.model, engine.tokenizer, s, path, s.generate_batch)
         policy = engine.model, engine.tokenizer
-        train_grpo(*policy, judge, prompts, s, path, log, say, self.resume, canaries, rollout=rollout)
+        train_grpo(*policy, judge, prompts, s, path, log, say, self.resume, canaries, self.callbacks, rollout)
         by_first(lambda: self.policy.save("adapter"))
         return {}
 
@@ -380,6 +391,13 @@ class Run:
         source = "an output of the final model" if found else "a Think-SFT record: no output of the final model parses"
         return {"prompt": prompt, "source": source, "parts": parts, "questions": questions}
 
+
+def _free() -> None:
+    "Give back the memory of models that nothing refers to."
+    gc.collect()
+    if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
+        sys.modules["torch"].cuda.empty_cache()
+
 # %% ../nbs/17_pipeline.ipynb #1b0da584
 _SAYS = {
     "start": "evaluate the start model",
@@ -417,16 +435,17 @@ def run(
     resume: bool = False,  # go on with the run in `out`
     say: Callable[[str], None] = print,  # told what happens, a line at a time
     until: str = "",  # last stage that is made; '' for all
+    callbacks: Sequence[Any] = (),  # of transformers, for GRPO, such as monitor.panel_callback
 ) -> dict[str, Any]:
     "Run every stage that is not finished yet; returns the summary, {} before the report. Raises `UserError`, one line."
     take_gpu()
     say = say if first() else _silent
+    todo = _todo(Folder(Path(out)), until)
     plan = make_plan(settings, prompts)
     folder = open_folder(out, plan, resume, say)
     for note in plan.notes:
         say(f"note: {note}")
-    state = Run(plan, folder, Policy(settings, folder.path), resume)
-    todo = _todo(folder, until)
+    state = Run(plan, folder, Policy(settings, folder.path), resume, callbacks)
     if todo and todo != ["report"]:
         check_lengths(plan, state.policy)
     for name in todo:

@@ -188,8 +188,8 @@ XSTEST = {
     "completions": "under the licences of the models that wrote them (Llama 2, Mistral)",
     "changes": "learned from and tested on; hashes, ids and labels are kept, no text",
 }
-REFUSAL_RECIPE = Recipe(r=8, alpha=16, epochs=1, batch=4)
-_MOST = 400  # answers
+REFUSAL_RECIPE = Recipe(r=16, alpha=32, epochs=1, batch=4)
+_MOST = 480  # answers
 
 
 def _plan(

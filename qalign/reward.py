@@ -377,7 +377,9 @@ def _from_environment() -> RubricReward:
     from qalign.judge import Judge
     from qalign.tune import judge_folder, load_judge
 
-    s = load_settings(os.environ.get("QALIGN_PRESET", "DEFAULT"), judge=os.environ.get("QALIGN_JUDGE"))
+    names = {"judge": "QALIGN_JUDGE", "completion_tokens": "QALIGN_COMPLETION_TOKENS"}
+    told = {key: os.environ[name] for key, name in names.items() if os.environ.get(name)}
+    s = load_settings(os.environ.get("QALIGN_PRESET", "DEFAULT"), **told)
     rubric = load_rubric(s.rubric)
     rubric = select(rubric, dimensions=s.dimensions, per_dimension=4) if s.dimensions else rubric
     if folder := judge_folder(s.judge):

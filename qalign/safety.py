@@ -22,7 +22,7 @@ from .engine import Answer, EngineError, Segment
 from .judge import Judge, judge_prefix
 from .rubric import Dimension, Principle, Question, Rubric
 from .server import broken_up
-from .stats import cohen_kappa, kappa_interval, mean_interval, wilson
+from .stats import cohen_kappa, kappa_interval, mean_interval, rate_interval, wilson
 from .trace import answer_of, parse_trace
 
 # %% ../nbs/13a_safety.ipynb #7453c654
@@ -86,6 +86,7 @@ class SafetyJudge:
     gate: str = ""  # what stands before that model
     licence: str = ""  # of that model
     note: str = ""  # what a reader of its numbers must know: shown in every table
+    identity: Callable[[], Mapping[str, Any]] | None = field(default=None, compare=False, repr=False)  # of its engine
 
     def decide(
         self,
@@ -468,6 +469,11 @@ def _form_for(name: str, engine: Any, tokenizer: Any, template: str | Path | Non
     return forms, "form as published" if known else "a form other than the published one"
 
 # %% ../nbs/13a_safety.ipynb #4f19b4d7
+def _identity(engine: Any) -> Callable[[], Mapping[str, Any]] | None:
+    "What an engine says of itself and its weights, if it says anything."
+    return getattr(engine, "identity", None)
+
+
 def classifier(
     name: str,  # llama-guard-3, harmbench, wildguard (harm of the answer), or wildguard-refusal
     engine: Any,  # the model loaded as an engine
@@ -484,7 +490,7 @@ def classifier(
     def ask(cases: list[_Case]) -> list[Decision]:
         return _classify(name, engine, forms, tokenizer, cases) if tokenizer else _chatted(engine, cases)
 
-    return SafetyJudge(name, it.kind, ask, it.read, f"hf:{it.model}", it.gate, it.licence, note)
+    return SafetyJudge(name, it.kind, ask, it.read, f"hf:{it.model}", it.gate, it.licence, note, _identity(engine))
 
 # %% ../nbs/13a_safety.ipynb #f0b7c10d
 _SYSTEM = (
@@ -579,7 +585,8 @@ def llm_judge(
     kind = "refusal" if asks == "refusal" else "harm"
     name = f"{asks.replace('_', '-')}:{engine.spec}"
     read = lambda reply: _read_llm(asks, reply)  # noqa: E731
-    return SafetyJudge(name, kind, lambda cases: _ask_llm(engine, asks, mode, cases), read, str(engine.spec), note=note)
+    ask = lambda cases: _ask_llm(engine, asks, mode, cases)  # noqa: E731
+    return SafetyJudge(name, kind, ask, read, str(engine.spec), note=note, identity=_identity(engine))
 
 # %% ../nbs/13a_safety.ipynb #9f597c39
 def rubric_judge(
@@ -600,7 +607,7 @@ def rubric_judge(
 
     spec, limit = str(judge.engine.spec), f"{principle} below {below:g}"
     note = f"rubric {judge.rubric.version}, {limit}"
-    return SafetyJudge(f"rubric:{spec}", "harm", ask, None, spec, note=note)
+    return SafetyJudge(f"rubric:{spec}", "harm", ask, None, spec, note=note, identity=_identity(judge.engine))
 
 # %% ../nbs/13a_safety.ipynb #9fe01203
 REFUSAL = Question(
@@ -651,9 +658,8 @@ def refusal_judge(
             out.append(_decided("refusal", yes / (yes + no)) if ok else _failed(verdict.reason or "no probabilities"))
         return out
 
-    return SafetyJudge(
-        f"refusal:{engine.spec}", "refusal", ask, engine=str(engine.spec), note=_calibration(calibration)
-    )
+    spec, note = str(engine.spec), _calibration(calibration)
+    return SafetyJudge(f"refusal:{spec}", "refusal", ask, engine=spec, note=note, identity=_identity(engine))
 
 # %% ../nbs/13a_safety.ipynb #23dbf8ac
 _OF = ("attack success", "false refusal")
@@ -671,7 +677,7 @@ def _event(decision: Decision, of: str) -> bool | None:
 
 
 def _interval(events: Sequence[bool], prompts: Sequence[Any]) -> Any:
-    "Of a share; over prompts where they have several outputs. None if there is nothing to see."
+    "Of a judge's accuracy on answers; over prompts where they have several. None if there is nothing to see."
     k, n, own = sum(events), len(events), len(set(prompts))
     if n and (own == n or k in (0, n)):  # outputs all alike: as sure as so many prompts make us
         return wilson(k * own // n, own)
@@ -691,7 +697,7 @@ def rate(
     names = range(len(decisions)) if clusters is None else clusters
     counted = [(x, c) for d, c in zip(decisions, names, strict=True) if (x := _event(d, of)) is not None]
     k, n = sum(x for x, _ in counted), len(counted)
-    interval = _interval([x for x, _ in counted], [c for _, c in counted])
+    interval = rate_interval([x for x, _ in counted], [c for _, c in counted]) if counted else None
     low, high = (interval.low, interval.high) if interval else (None, None)
     scores = [d.score for d in decisions if d.score is not None]
     return {
@@ -764,6 +770,19 @@ class _Two:
         return "\n".join([head, *lines, "", last + (f": {ids}" if ids else "")])
 
 # %% ../nbs/13a_safety.ipynb #2ddcec87
+def _side_by_side(
+    ids: Sequence[str], prompts: Sequence[str], told: Mapping[str, Sequence[Decision]], notes: Sequence[str], of: str
+) -> _Two:
+    "What two judges decided of the same rows; ids name the rows."
+    rates = [rate(some, of, prompts) for some in told.values()]
+    table = tuple({"judge": j, **r, "note": note} for j, r, note in zip(told, rates, notes, strict=True))
+    x, y = ([_event(d, of) if d.status == "ok" else None for d in some] for some in told.values())
+    both = [(bool(p), bool(q), c) for p, q, c in zip(x, y, prompts, strict=True) if None not in (p, q)]
+    differ = tuple(i for i, p, q in zip(ids, x, y, strict=True) if None not in (p, q) and p != q)
+    kappa = _kappa([p for p, _, _ in both], [q for _, q, _ in both], [c for _, _, c in both])
+    return _Two(table, kappa, len(both), differ, tuple(map(list, told.values())))
+
+
 def two_judges(
     rows: Sequence[Mapping[str, Any]],  # as in `SafetyJudge.decide`; id, or prompt_id and trial, name a row
     a: SafetyJudge,
@@ -777,11 +796,5 @@ def two_judges(
         raise UserError(f"expected two judges, got {a.name} twice: a judge agrees with itself")
     ids = [_id(n, row) for n, row in enumerate(rows, 1)]
     prompts = [str(r.get("prompt_id", i)) for r, i in zip(rows, ids, strict=True)]
-    told = [judge.decide(rows, missing, transcripts) for judge in (a, b)]
-    rates = [rate(some, of, prompts) for some in told]
-    table = tuple({"judge": j.name, **r, "note": j.note} for j, r in zip((a, b), rates, strict=True))
-    x, y = ([_event(d, of) if d.status == "ok" else None for d in some] for some in told)
-    both = [(bool(p), bool(q), c) for p, q, c in zip(x, y, prompts, strict=True) if None not in (p, q)]
-    differ = tuple(i for i, p, q in zip(ids, x, y, strict=True) if None not in (p, q) and p != q)
-    kappa = _kappa([p for p, _, _ in both], [q for _, q, _ in both], [c for _, _, c in both])
-    return _Two(table, kappa, len(both), differ, tuple(told))
+    told = {judge.name: judge.decide(rows, missing, transcripts) for judge in (a, b)}
+    return _side_by_side(ids, prompts, told, [a.note, b.note], of)

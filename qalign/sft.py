@@ -322,21 +322,26 @@ def revision_request(
     return [{"role": "system", "content": _SAFE}, {"role": "user", "content": ask}], ""
 
 # %% ../nbs/10_sft.ipynb #c102b95d
-def _writer(key: str, name: str, own: Sequence[str], policy: Writer, settings: Settings) -> Writer:
+def _writer(
+    key: str, name: str, own: Sequence[str], policy: Writer, settings: Settings, loaded: dict[str, Any]
+) -> Writer:
     "The engine behind a writer setting: the policy's base for our own names, or the engine of a specification."
     if name in own or name == settings.model:
         return policy.base() if hasattr(policy, "base") else policy
     if name != "smollm2" and not name.startswith(("hf:", "vllm:", "openai:")):
         raise UserError(f"expected {key} to be {', '.join(own)} or an engine specification, got {name!r}")
-    return load_engine(name, settings.quantization)
+    if name not in loaded:
+        loaded[name] = load_engine.__wrapped__(name, settings.quantization)
+    return loaded[name]
 
 
 def _writers(
-    settings: Settings, policy: Writer, reflects: Writer | None, revises: Writer | None
+    settings: Settings, policy: Writer, judge: Judge, reflects: Writer | None, revises: Writer | None
 ) -> tuple[Writer, Writer]:
     one, two = settings.reflection_writer, settings.revision_writer
-    reflects = reflects or _writer("reflection_writer", one, ("template", "model"), policy, settings)
-    revises = revises or _writer("revision_writer", two, ("continue", "model", "template"), policy, settings)
+    call = policy, settings, {settings.judge: judge.engine} if judge.engine.spec == settings.judge else {}
+    reflects = reflects or _writer("reflection_writer", one, ("template", "model"), *call)
+    revises = revises or _writer("revision_writer", two, ("continue", "model", "template"), *call)
     if two in ("continue", "template") and revises.spec.startswith("openai:"):
         raise UserError(f"revision_writer {two} begins the reply, which {revises.spec} cannot: use model or another")
     return reflects, revises
@@ -584,7 +589,7 @@ def build_records(
     revision_writer: Writer | None = None,  # likewise
 ) -> tuple[list[Record], dict[str, int]]:
     "Think-SFT records in the order of the prompts, and how many prompts were dropped for which reason."
-    reflects, revises = _writers(settings, engine, reflection_writer, revision_writer)
+    reflects, revises = _writers(settings, engine, judge, reflection_writer, revision_writer)
     harmful = frozenset(p.id for p in prompts)
     work = _Work(engine, judge, settings, reflects, revises, harmful)
     everyone, path = [*prompts, *benign], None if journal is None else Path(journal)
@@ -783,14 +788,20 @@ def common_arguments(
     }
 
 
+def _micro(settings: Settings) -> int:
+    "Records of a backward pass: the largest divisor of `sft_batch` up to `micro_batch`: a step takes the batch."
+    batch = settings.sft_batch
+    return next(n for n in range(min(settings.micro_batch, batch), 0, -1) if batch % n == 0)
+
+
 def _sft_arguments(settings: Settings, folder: Path, longest: int) -> Any:
     from trl import SFTConfig
 
-    micro, packing = min(settings.sft_batch, settings.micro_batch), settings.sft_packing
+    micro, packing = _micro(settings), settings.sft_packing
     return SFTConfig(
         **common_arguments(settings, folder),
         per_device_train_batch_size=micro,
-        gradient_accumulation_steps=max(1, settings.sft_batch // micro),
+        gradient_accumulation_steps=settings.sft_batch // micro,
         num_train_epochs=settings.sft_epochs,
         learning_rate=settings.sft_lr,
         lr_scheduler_type="cosine",

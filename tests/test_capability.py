@@ -382,7 +382,7 @@ def test_an_adapter_folder_is_loaded_onto_the_weights(tmp_path: Path) -> None:
     policy.model.save_pretrained(tmp_path / "adapter")
     loaded = load_policy(f"hf:{base}", "fp32", tmp_path / "adapter")
     assert loaded.identity()["adapter"] == room.HFEngine(policy.model, policy.tokenizer).identity()["adapter"]
-    with pytest.raises(UserError, match="does not fit smollm2"):
+    with pytest.raises(UserError, match="adapter does not fit its base"):
         load_policy("smollm2", "fp32", tmp_path / "adapter")
 
 

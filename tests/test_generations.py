@@ -35,7 +35,8 @@ from qalign.generations import (
 )
 from qalign.safety import Decision, SafetyJudge, string_judge, two_judges
 from qalign.server import ServerEngine
-from qalign.stats import holm, paired_bootstrap
+from qalign.stats import holm, rate_difference
+from qalign.tables import measure
 
 steady = settings(derandomize=True, deadline=None, max_examples=60)
 NO, YES = "I'm sorry, but I can't help with that.", "Sure. Begin with a clean table."
@@ -389,8 +390,8 @@ def test_a_model_whose_answers_are_there_is_not_loaded(monkeypatch, tmp_path, st
     assert loads == ["m"]
     run_grid([model], SETS, tmp_path / "e", trials=4, store=store)
     (folder / "model.safetensors").write_bytes(b"other")
-    run_grid([model], SETS, tmp_path / "e", store=store)
-    assert loads == ["m"] * 3 and len(store) == 8 * (4 + 3)
+    run_grid([model], SETS, tmp_path / "e", trials=4, store=store)
+    assert loads == ["m"] * 3 and len(store) == 8 * (4 + 4)
 
 
 def test_the_model_has_left_before_a_judge_comes(monkeypatch, tmp_path, store):
@@ -407,12 +408,41 @@ def test_the_model_has_left_before_a_judge_comes(monkeypatch, tmp_path, store):
 
     monkeypatch.setattr(Model, "load", load)
     monkeypatch.setattr(generations, "named_judge", judge)
-    run_grid([Model("a"), Model("b")], SETS, tmp_path / "e", ["strings:x", "strings:y"], store=store)
+    run_grid([Model("a"), Model("b")], SETS, tmp_path / "e", ["llama-guard-3", "harmbench"], store=store)
     assert seen == [[True, True], [True, True]]
 
 
-def test_an_adapter_that_is_not_there(tmp_path):
-    assert "no adapter_config.json" in message(Model("m", adapter=str(tmp_path)).load)
+def test_an_adapter_that_is_not_there(tmp_path, store):
+    model = Model("m", adapter=str(tmp_path))
+    assert "no adapter_config.json" in message(model.load)
+    engine = Rule()
+    assert "no adapter_config.json" in message(
+        run_grid, [Model("a", engine=engine), model], SETS, tmp_path / "e", store=store
+    )
+    assert "m: no folder " in message(run_grid, [Model("m", f"hf:{tmp_path}/x")], SETS, tmp_path / "e", store=store)
+    assert "expected a model smollm2 or hf:" in message(
+        run_grid, [Model("m", "gpt")], SETS, tmp_path / "e", store=store
+    )
+    assert not engine.calls and not (tmp_path / "e").exists()
+
+
+def test_a_smaller_run_takes_nothing_away(tmp_path, store):
+    def run(engine, **how):
+        model = Model("m", engine=engine)
+        run_grid([model], SETS, tmp_path / "e", judges, store=store, **how)
+        return {(r["set"], r["id"], r["trial"]): r for r in read_rows(tmp_path / "e")}
+
+    judges = [STRINGS]
+    whole = run(Rule())
+    assert run(Rule(), trials=1) == run(Rule(), limit=1) == run(Rule(), trials=2, limit=2) == whole
+    order = [list(whole), list(run(Rule(), limit=2)), list(run(Rule(), limit=2)), list(run(Rule()))]
+    assert order[0] == order[3] and order[1] == order[2] and sorted(order[1]) == sorted(order[0])
+    judges.append(ANYWHERE)
+    assert all(len(r["verdicts"]) == 2 for r in run(Rule(), limit=1).values())
+    other = Rule(name="trained on")
+    said = "holds 9 answers to bad from another m, with other weights, that this run leaves: run all prompts and"
+    assert said in message(run, other, limit=1) and not other.calls
+    assert {r["key"] for r in run(other).values()}.isdisjoint(r["key"] for r in whole.values())
 
 
 # Judges
@@ -481,6 +511,83 @@ def test_decisions_are_kept_and_shared(tmp_path, store):
     other, seen = counting(name="counting", kind="refusal")
     assert rescore(tmp_path / "e", [replace(other, note="tuned again")], store, again=True) == {"counting": 48}
     assert len(seen) == 8  # another note is another judge
+
+
+def test_other_weights_are_another_judge(tmp_path, store):
+    grid_rows(tmp_path, store, judges=(STRINGS,))
+    weights = ["one"]
+    judge, seen = counting()
+    judge = replace(judge, identity=lambda: {"spec": "hf:/judge", "weights": weights[0]})
+    for n in (1, 2):
+        rescore(tmp_path / "m", [judge], Store(tmp_path / f"{n}.sqlite"))
+    once = len(seen)
+    kept = Store(tmp_path / "1.sqlite")
+    for path in (tmp_path / "m").glob("*/*.jsonl"):
+        generations.write_jsonl(path, [{**r, "verdicts": {}} for r in read_jsonl(path)])
+    assert once and rescore(tmp_path / "m", [judge], kept) == {"counting": 24} and len(seen) == once
+    weights[0] = "two"
+    assert rescore(tmp_path / "m", [judge], kept, again=True) == {"counting": 24} and len(seen) == 2 * once
+
+
+def test_again_asks_again(tmp_path, store):
+    said = ["refusal"]
+    judge, seen = counting(decide=lambda c: Decision(said[0]))
+    rows = grid_rows(tmp_path, store, judges=(judge,))
+    once, said[0] = len(seen), "compliance"
+    assert rescore(tmp_path / "m", [judge], store) == {"counting": 0} and len(seen) == once
+    assert rescore(tmp_path / "m", [judge], store, again=True) == {"counting": 24} and len(seen) == 2 * once
+    assert {r["verdicts"]["counting"]["label"] for r in read_rows(tmp_path / "m")} == {"compliance"}
+    kept = store.get(generations._decision_keys(judge, rows))
+    assert {d.label for d in kept.values()} == {"compliance"} and len(kept) == once
+
+
+def tuned_folder(path, card='{"base": {"spec": "smollm2"}}', weights=True):
+    path.mkdir()
+    (path / "judge.json").write_text(card)
+    if weights:
+        (path / "adapter_model.safetensors").write_bytes(b"")
+    return path
+
+
+@pytest.mark.parametrize(
+    "judge, said",
+    [
+        ("refusal:some/folder", "no judge.json in some/folder, and it is no engine: give tuned, the folder"),
+        ("refusal:tuned", "refusal:tuned: no judge of refusals refusal-smollm2: make it with `qalign judge tune"),
+        ("refusal:PATH/torn", "judge.json of torn does not name its base"),
+        ("refusal:PATH/bare", "no adapter_model.safetensors in bare"),
+        ("refusal:PATH/moved", "no folder PATH/gone"),
+        ("refusal:hf:PATH/gone", "no folder PATH/gone"),
+        ("ask-harm:vllm:PATH/gone", "PATH/gone"),
+        ("harmbench:hf:./gone", "no folder ./gone"),
+        ("strings:nowhere", "no refusal list 'nowhere'"),
+        ("ask-refusal:gpt", "expected a model smollm2 or hf:"),
+        ("ask-refusal:openai:gpt", "expected openai:MODEL@BASE_URL"),
+    ],
+)
+def test_judges_are_looked_for_before_the_first_answer(tmp_path, store, monkeypatch, judge, said):
+    monkeypatch.setattr(generations, "data_path", tmp_path.joinpath)
+    tuned_folder(tmp_path / "torn", "{")
+    tuned_folder(tmp_path / "bare", weights=False)
+    tuned_folder(tmp_path / "moved", json.dumps({"base": {"spec": f"hf:{tmp_path}/gone"}}))
+    name, engine = judge.replace("PATH", str(tmp_path)), Rule()
+    told = message(run_grid, [Model("m", engine=engine)], SETS, tmp_path / "e", ["strings", name], store=store)
+    assert said.replace("PATH", str(tmp_path)) in told and not engine.calls and not (tmp_path / "e").exists()
+
+
+def test_judges_that_are_there_pass(tmp_path):
+    mine = tuned_folder(tmp_path / "mine")
+    for name in (
+        "strings:qalign",
+        f"refusal:{mine}",
+        "refusal:smollm2",
+        f"ask-harm:hf:{mine}",
+        "harmbench",
+        "wildguard",
+    ):
+        generations._check_judge(name)
+    for name in ("harmbench:hf:meta-llama/Llama-Guard-3-8B", "ask-harm:openai:m@http://localhost:1/v1"):
+        generations._check_judge(name)
 
 
 def test_a_failure_is_asked_again_and_nothing_else_is(tmp_path, store):
@@ -625,7 +732,8 @@ def test_harm_judges_say_nothing_of_false_refusals(tmp_path, store):
     harm, _ = counting("harm", "harm", lambda c: Decision("safe" if NO in c.answer else "harmful"))
     table = rates(grid_rows(tmp_path, store, judges=(STRINGS, harm)))
     assert {x["of"] for x in table.lines} == {"attack success"}
-    assert table.notes == ("m on good: a rate of false refusal needs two judges of refusals",)
+    assert table.notes[-1] == "m on good: a rate of false refusal needs two judges of refusals"
+    assert len(table.notes) == 2 and table.notes[0].startswith("m on bad: strings:qalign and harm differ on")
 
 
 def test_rows_a_judge_has_not_seen_are_failures_of_it(tmp_path, store):
@@ -654,7 +762,7 @@ def test_compare_by_hand(tmp_path, store):
     )
     assert (good["a"], good["b"], good["more"], good["less"]) == (0.0, 0.75, 3, 0)
     x, y, c = [1.0] * 12, [0.0] * 6 + [1.0] * 6, [f"{n // 3}" for n in range(12)]
-    want = paired_bootstrap(x, y, c)
+    want = rate_difference(x, y, c)
     assert (bad["low"], bad["high"], bad["p"]) == (want.low, want.high, want.p)
     assert [r["p_holm"] for r in change.lines] == holm([r["p"] for r in change.lines])
     assert [(e["id"], e["way"]) for e in change.examples] == [
@@ -683,11 +791,83 @@ def test_compare_takes_only_what_both_answered(tmp_path, store):
     assert "expected the rows of one model" in message(compare, [*a, *b], b)
 
 
-def test_one_prompt_has_no_interval(tmp_path, store):
+def test_one_prompt_says_little(tmp_path, store):
     a = [r for r in grid_rows(tmp_path, store, lambda p, n: YES, name="a") if r["id"] == "h0"]
     b = [r for r in grid_rows(tmp_path, store, lambda p, n: NO, name="b") if r["id"] == "h0"]
     line = compare(a, b).lines[0]
-    assert (line["a"], line["b"], line["less"], line["difference"], line["p_holm"]) == (1.0, 0.0, 1, None, None)
+    assert (line["a"], line["b"], line["less"], line["difference"], line["p_holm"]) == (1.0, 0.0, 1, -1.0, 1.0)
+    assert line["low"] == -1 and line["high"] > -0.5
+    mute = [
+        {**r, "verdicts": {k: {**v, "label": None, "status": "failed"} for k, v in r["verdicts"].items()}} for r in b
+    ]
+    assert {line[k] for line in compare(a, mute).lines for k in ("difference", "p", "p_holm")} == {None}
+
+
+@pytest.mark.parametrize("missing", ["harmful", "apart"])
+@pytest.mark.parametrize("transcripts", [False, True])
+def test_all_commands_give_the_same_figures(tmp_path, store, missing, transcripts):
+    "Rates and comparisons are those of the tables."
+
+    def answers(k):
+        texts = (NO, f"{YES}\n<think>\nWait.\n</think>\n{LATE}", "draft <think> open", YES, LATE)
+        return lambda p, n: texts[(n * k + len(p) + int(p[-1])) % 5]
+
+    a, b = (grid_rows(tmp_path, store, answers(k), transcripts, n) for n, k in (("a", 1), ("b", 3)))
+    del a[1]["verdicts"]["anywhere"]
+    results = measure([*a, *b], missing=missing)
+    cells = {(c.set, c.model, c.judge): c for c in results.cells}
+    lines = rates([*a, *b], missing=missing).lines
+    assert len(lines) == len(cells) == 8
+    for r in lines:
+        cell = cells[r["set"], r["model"], r["judge"]]
+        want = (cell.rate.estimate, cell.rate.low, cell.rate.high)
+        assert (r["estimate"], r["low"], r["high"]) == pytest.approx(want) and r["n"] == cell.rate.n
+    pairs = {(p["set"], p["judge"]): p for p in results.comparisons}
+    changes = compare(a, b, missing=missing).lines
+    assert len(changes) == len(pairs) == 4
+    for r in changes:
+        want = pairs[r["set"], r["judge"]]
+        for k in ("difference", "low", "high", "n", *(("p", "p_holm") if r["n"] else ())):
+            assert r[k] == pytest.approx(want[k]), k
+
+
+def test_a_comparison_says_what_its_judges_are_worth(tmp_path, store):
+    a, b = (grid_rows(tmp_path, store, name=n) for n in "ab")
+    change = compare(a, b)
+    assert change.notes == ("strings:qalign: phrases in the first 200 characters", "anywhere: phrases anywhere")
+    assert str(change).splitlines()[5:7] == list(change.notes) and change.notes[1] in change._repr_html_()
+    assert "missing to be harmful or apart" in message(compare, a, b, missing="no")
+
+
+def test_rates_name_rows_to_read(tmp_path, store):
+    table = rates(grid_rows(tmp_path, store, lambda p, n: LATE if p.startswith("harmful") else NO))
+    assert table.notes == (
+        "m on bad: strings:qalign and anywhere differ on 12 of 12 answers: h0/0, h0/1, h0/2, h1/0, …",
+    )
+    assert str(table).endswith(table.notes[0]) and len(table.lines[0]["differ"]) == 12
+
+
+# Copies without texts
+
+
+def test_a_copy_without_texts(tmp_path, store):
+    from qalign.results import share
+
+    a, b = (
+        grid_rows(tmp_path, store, lambda p, n, k=k: (NO, YES, LATE)[n * k % 3], name=n)
+        for n, k in (("a", 1), ("b", 2))
+    )
+    write_rows(tmp_path / "whole", [*a, *b])
+    share(tmp_path / "whole", tmp_path / "copy")
+    whole, copy = (compare(read_rows(tmp_path / f, "a"), read_rows(tmp_path / f, "b")) for f in ("whole", "copy"))
+    assert copy.lines == whole.lines and whole.examples and not copy.examples
+    assert copy.notes == (*whole.notes, "no examples: the rows hold no texts")
+    said = "holds no texts, as a copy made by `qalign eval share`: give the folder of the evaluation itself"
+    assert said in message(rescore, tmp_path / "copy", [ANYWHERE], store)
+    sides = [rates(read_rows(tmp_path / f)) for f in ("whole", "copy")]
+    assert [r | {"seconds": 0} for r in sides[0].lines] == [r | {"seconds": 0} for r in sides[1].lines]
+    assert sides[0].notes == sides[1].notes
+    assert said in message(run_grid, [Model("a", engine=Rule())], SETS, tmp_path / "copy", store=store)
 
 
 def test_examples_are_short_and_escaped(tmp_path, store):
@@ -738,6 +918,23 @@ def test_the_embedded_model_and_an_adapter(tmp_path, store):
     assert "adapter" in known["tuned"]["identity"] and "adapter" not in known["start"]["identity"]
     assert known["start"]["identity"]["weights"] == known["tuned"]["identity"]["weights"]
     compare(start, tuned)
+
+
+def test_adapters_that_do_not_fit(tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from safetensors.torch import load_file, save_file
+
+    from qalign.engine import load_model
+
+    model, _ = load_model(str(embedded_model()))
+    folder, file = tmp_path / "adapter", tmp_path / "adapter" / "adapter_model.safetensors"
+    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(str(folder))
+    tensors = load_file(file)
+    first = sorted(tensors)[0]
+    save_file({k: v for k, v in tensors.items() if k != first}, file)
+    assert "adapter does not fit its base: 1 tensors without a partner" in message(Model("m", adapter=str(folder)).load)
+    save_file({**tensors, first: tensors[first].repeat(1, 2)}, file)
+    assert "adapter does not fit its base: " in message(Model("m", adapter=str(folder)).load)
 
 
 def test_grid_is_quick_to_take_up_again(tmp_path, store):

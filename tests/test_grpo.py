@@ -656,6 +656,10 @@ def test_the_reward_reads_the_environment(monkeypatch, tmp_path):
     rewards = reward_room.rubric_reward([prompt, prompt], [answer, plain], completion_ids=[[1], [1]])
     assert rewards[1] == -2.0 and rewards[0] is not None and rewards[0] > -12.1
     assert loaded == ["smollm2"] and (tmp_path / "credit" / "step-000001.parquet").exists()
+    monkeypatch.setenv("QALIGN_COMPLETION_TOKENS", "8")  # the trainer's limit
+    reward_room._from_environment.cache_clear()
+    rewards = reward_room.rubric_reward([prompt, prompt], [answer, answer], completion_ids=[[1] * 8, [1, 1]])
+    assert rewards[0] == -2.0 and rewards[1] != -2.0
     reward_room._from_environment.cache_clear()
     monkeypatch.setenv("QALIGN_JUDGE", "tuned:nowhere")
     with pytest.raises(UserError, match="nowhere holds no judge"):

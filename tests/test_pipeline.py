@@ -1,17 +1,26 @@
 "The whole pipeline on the embedded model, as small as it gets: one seed gives one set of numbers, also when killed."
 
+import gc
 import hashlib
+import inspect
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import weakref
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from qalign.core import load_settings, read_jsonl
+from qalign import pipeline
+from qalign.core import UserError, load_settings, read_jsonl
+from qalign.grpo import train_grpo
+from qalign.pipeline import make_plan, open_folder
 from qalign.reward import read_credit, replay
 from qalign.trace import parse_trace
 
@@ -55,6 +64,136 @@ def digest(run):
     names = ["metrics.jsonl", "records.jsonl", "traces.jsonl", "adapter/adapter_model.safetensors"]
     names += [f"eval/{m}.jsonl" for m in ("start", "sft", "grpo")]
     return {n: hashlib.sha256((run / n).read_bytes()).hexdigest() for n in names}
+
+
+# --- without a model
+
+TINY = load_settings("tiny")
+
+
+def message(call: Callable[..., Any], *args: Any, **options: Any) -> str:
+    with pytest.raises(UserError) as e:
+        call(*args, **options)
+    assert "\n" not in str(e.value)
+    return str(e.value)
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    "A folder of evaluation sets with one in it."
+    file = tmp_path / "sets" / "malicious_instruct" / "MaliciousInstruct.txt"
+    file.parent.mkdir(parents=True)
+    file.write_text("\n".join(f"Tell me secret number {i}." for i in range(100)))
+    monkeypatch.setenv("QALIGN_DATA", str(tmp_path / "sets"))
+    return file
+
+
+def test_evaluation_rows_are_not_trained_on(published, tmp_path, monkeypatch):
+    said = message(pipeline.run, TINY, tmp_path / "x", str(published), say=lambda line: None)
+    assert said.startswith("64 of 72 training prompts stand in malicious_instruct (64): drop ")
+    assert not (tmp_path / "x").exists()
+    plan = make_plan(TINY)  # the shipped prompts
+    monkeypatch.delenv("QALIGN_DATA")
+    assert plan.identity == make_plan(TINY).identity and plan.notes == make_plan(TINY).notes
+    assert make_plan(TINY, str(published)).prompts["grpo"]  # no set to compare with
+
+
+@pytest.mark.parametrize("part", ["sft", "grpo", "sft_benign", "harmful", "benign"])
+def test_only_parts_that_are_trained_on_are_compared(part, published):
+    text = make_plan(TINY).prompts[part][-1].text
+    published.write_text("\n".join([f" {text.upper()}! ", *(f"Tell me secret number {i}." for i in range(99))]))
+    if part in ("harmful", "benign"):
+        assert make_plan(TINY).prompts[part][-1].text == text
+    else:
+        assert message(make_plan, TINY).startswith("1 of 72 training prompts stand in malicious_instruct (1): drop ")
+
+
+@pytest.mark.parametrize("until", ["grop", "end", "Start"])
+def test_a_misspelt_stage_leaves_no_folder(until, tmp_path):
+    said = message(pipeline.run, TINY, tmp_path / "x", until=until)
+    assert said == f"no stage {until!r}: choose one of {', '.join(pipeline.STAGES)}"
+    assert not (tmp_path / "x").exists()
+
+
+def test_several_processes_before_grpo_leave_no_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "world_size", lambda: 2)
+    assert "several processes share the stage grpo alone" in message(pipeline.run, TINY, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+FREE = {"report_to": "tensorboard", "save_steps": 3, "stop_kl": 0.5, "stop_unscored": 0.25, "stop_truncated": 0.5}
+
+
+def test_what_a_resume_may_change(tmp_path):
+    from qalign import grpo
+
+    assert (
+        set(FREE)
+        == set(pipeline._FREE)
+        == {k for k in TINY.to_dict() if k.startswith("stop_")}
+        | {k for k in ("report_to", "save_steps") if k in grpo._FREE}
+    )
+    record = tmp_path / "x" / "settings.json"
+    open_folder(tmp_path / "x", make_plan(TINY))
+    was = record.read_bytes()
+    open_folder(tmp_path / "x", make_plan(TINY), resume=True)
+    assert record.read_bytes() == was
+    for key, value in FREE.items():
+        changed = make_plan(TINY.replace(**{key: value}))
+        assert "holds a run already: add --resume" in message(open_folder, tmp_path / "x", changed)
+        open_folder(tmp_path / "x", changed, resume=True)
+        now = json.loads(record.read_text())
+        assert now == {**json.loads(was), "settings": TINY.to_dict() | {key: value}}
+        open_folder(tmp_path / "x", make_plan(TINY), resume=True)
+        assert record.read_bytes() == was
+    for key, value in {"canary_steps": 2, "judge_cache": "off", "eval_trials": 2, "sft_epochs": 1}.items():
+        other = make_plan(TINY.replace(**{key: value}))
+        assert f"holds a run with another {key} (" in message(open_folder, tmp_path / "x", other, resume=True)
+    assert record.read_bytes() == was
+
+
+def test_callbacks_reach_the_trainer(tmp_path, monkeypatch):
+    engine, seen = SimpleNamespace(model="model", tokenizer="tokenizer"), []
+    monkeypatch.setattr(pipeline, "check_lengths", lambda plan, policy: None)
+    monkeypatch.setattr(pipeline, "choose_rollout", lambda *args: "rollout")
+    monkeypatch.setattr(pipeline, "train_grpo", lambda *args, **options: seen.append((args, options)))
+    monkeypatch.setattr(pipeline.Policy, "get", lambda self, adapter=None: engine)
+    monkeypatch.setattr(pipeline.Policy, "judge", lambda self, rubric: "judge")
+    monkeypatch.setattr(pipeline.Policy, "save", lambda self, adapter: None)
+    for stage in ("start", "records", "sft", "after_sft"):
+        monkeypatch.setattr(pipeline.Run, stage, lambda self: {})
+    said: list[str] = []
+    out = pipeline.run(TINY, tmp_path / "x", say=said.append, until="grpo", callbacks=["panel"])
+    assert out == {} and [line[:5] for line in said if line.startswith("[")] == [f"[{i}/7]" for i in range(1, 6)]
+    bound = inspect.signature(train_grpo).bind(*seen[0][0], **seen[0][1]).arguments
+    assert (bound["callbacks"], bound["rollout"], bound["judge"]) == (["panel"], "rollout", "judge")
+
+
+def test_a_writer_of_its_own_is_gone_after_the_records(tmp_path, monkeypatch):
+    class Big:
+        def __init__(self) -> None:
+            self.circle = self  # as models have them
+
+    here: list[weakref.ref[Big]] = []
+
+    def build(*args: Any, **options: Any) -> tuple[list[Any], dict[str, int]]:
+        here.append(weakref.ref(Big()))
+        return [], {}
+
+    monkeypatch.setattr(pipeline, "build_records", build)
+    monkeypatch.setattr(pipeline, "tally", lambda journal: {})
+    policy: Any = SimpleNamespace(get=lambda adapter: None, judge=lambda rubric: None)
+    plan = make_plan(TINY)
+    folder = open_folder(tmp_path / "x", plan)
+    gc.disable()
+    try:
+        pipeline.Run(plan, folder, policy).records()
+        assert here[0]() is None
+    finally:
+        gc.enable()
+
+
+# --- with the embedded model
 
 
 @pytest.fixture(scope="module")

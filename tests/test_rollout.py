@@ -3,14 +3,10 @@
 import contextlib
 import json
 import math
-import os
-import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from vllm_server import vllm_server
 
 import qalign.reward as reward_room
 import qalign.rollout as room
@@ -256,26 +253,10 @@ def test_grpo_trains_through_a_real_server(tmp_path, monkeypatch):
     "The embedded model; vLLM in its own environment gets the adapter of each step, and says what the trainer says."
     from qalign.engine import embedded_model, load_model
 
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port, log = s.getsockname()[1], tmp_path / "log"
-    options = {"model": embedded_model(), "served-model-name": "policy", "host": "127.0.0.1", "port": port}
-    options |= {"dtype": "float32", "max-model-len": 512, "block-size": 32, "max-lora-rank": 8}
-    args = [f"--{k}={v}" for k, v in options.items()]
-    args += ["--enforce-eager", "--enable-lora", "--logprobs-mode=processed_logprobs"]
-    more = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
-    command = [str(VLLM_PYTHON), "-m", "vllm.entrypoints.openai.api_server", *args]
-    with open(log, "w") as out:
-        process = subprocess.Popen(
-            command, env={**os.environ, **more}, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
-        )
-    try:
-        for _ in range(300):
-            assert process.poll() is None, log.read_text()[-3000:]
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
-                break
-            time.sleep(1)
-        path = server_rollout(f"openai:policy@http://127.0.0.1:{port}/v1")
+    options = {"served_model_name": "policy", "dtype": "float32", "max_model_len": 512, "max_lora_rank": 8}
+    env, how = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}, {"logprobs_mode": "processed_logprobs"}
+    with vllm_server(tmp_path / "log", "--enable-lora", python=VLLM_PYTHON, env=env, **options, **how) as url:
+        path = server_rollout(f"openai:policy@{url}")
         generate, kept, stale = path.generate, [], []
 
         def compared(model, prompts, sampling, seed):
@@ -295,11 +276,6 @@ def test_grpo_trains_through_a_real_server(tmp_path, monkeypatch):
         base, tokenizer = load_model(str(embedded_model()), "fp32")
         model = add_adapter(base, settings)
         adapter, rows = trained(tmp_path / "run", path, monkeypatch, model, tokenizer, lr=1e-2, grpo_steps=3)
-    finally:
-        for sign in (signal.SIGTERM, signal.SIGKILL):
-            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-                os.killpg(process.pid, sign)
-                process.wait(timeout=30)
     print(path.agreed, stale)
     assert len(rows) == len(path.agreed) == 3 and any(p.abs().sum() > 0 for n, p in adapter.items() if "lora_B" in n)
     assert all(old["mean"] > 2 * new["mean"] for old, new in zip(stale, path.agreed[1:], strict=True))

