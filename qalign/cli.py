@@ -426,15 +426,22 @@ def rubric_freeze(
 @eval_app.command("list")
 def eval_list(
     kind: Annotated[str | None, typer.Option(help="harm, over_refusal or capability; all if not given")] = None,
+    full: Annotated[bool, typer.Option("--full", help="also citation, public id, columns and SHA-256")] = False,
 ) -> None:
     "The evaluation sets, and what of them is on this machine; no network is used."
     from rich.console import Console
 
-    from qalign.benchmarks import benchmark_table
+    from qalign.benchmarks import BENCHMARKS, benchmark_table
 
     rows = benchmark_table(kind)
     cells = [["–" if v is None else f"{v:,}" if isinstance(v, int) else str(v) for v in row.values()] for row in rows]
     Console(highlight=False).print(_table([list(rows[0]), *cells]))
+    for b in (BENCHMARKS[row["name"]] for row in rows if full):
+        typer.echo(f"{b.name}: {b.citation}; {b.hub or 'no public id'}; columns {', '.join(b.columns)}")
+        for part in b.splits:
+            for file, hashes in part.files.items():
+                known = ", ".join(h[:16] + "…" for h in hashes) or "not known"
+                typer.echo(f"    {part.name}: {part.rows:,} rows, {b.folder}/{file}, SHA-256 {known}")
 
 
 @eval_app.command("overlap")
@@ -468,7 +475,8 @@ def _models(given: list[str]) -> list[Any]:
 Folder = Annotated[Path, typer.Option("--out", help="folder of the rows")]
 _JUDGES = (
     "strings[:LIST], refusal:tuned|FOLDER|ENGINE, ask-refusal:ENGINE, ask-harm:ENGINE, strong-reject:ENGINE, "
-    "llama-guard-3, harmbench, wildguard[-refusal]; more than once; strings and refusal:tuned if not given"
+    "rubric:RUBRIC:ENGINE, llama-guard-3, harmbench, wildguard[-refusal]; more than once; "
+    "strings and refusal:tuned if not given"
 )
 Judges = Annotated[list[str] | None, typer.Option("--judge", help=_JUDGES)]
 _TWO = ["strings", "refusal:tuned"]  # phrases, and the judge that people's labels taught

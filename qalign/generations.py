@@ -26,7 +26,8 @@ from .benchmarks import Item, load_benchmark
 from .cache import VerdictCache
 from .core import UserError, cache_path, content_hash, data_path, installed, read_jsonl, write_json, write_jsonl
 from .engine import EngineError, HFEngine, Usage, _embedded_gguf, load_engine, load_model, model_path
-from .rubric import Verdict
+from .judge import Judge
+from .rubric import Verdict, load_rubric
 from qalign.safety import (
     _GONE,
     Decision,
@@ -37,6 +38,7 @@ from qalign.safety import (
     classifier,
     llm_judge,
     refusal_judge,
+    rubric_judge,
     string_judge,
 )
 from .server import ServerEngine, load_server
@@ -423,8 +425,10 @@ def _full_name(name: str) -> str:
     "The name a judge has in the rows. Raises `UserError` for one that names no judge."
     kind, _, rest = name.partition(":")
     needs = kind in ("refusal", *_ASKS)
-    if kind not in ("strings", "refusal", *_ASKS, *_WEIGHTS) or (needs and not rest):
-        kinds = ", ".join(("strings[:LIST]", *(f"{k}:ENGINE" for k in ("refusal", *_ASKS)), *_WEIGHTS))
+    known = kind in ("strings", "refusal", *_ASKS, *_WEIGHTS) or (kind == "rubric" and all(rest.partition(":")))
+    if not known or (needs and not rest):
+        some = [f"{k}:ENGINE" for k in ("refusal", *_ASKS)]
+        kinds = ", ".join(("strings[:LIST]", *some, "rubric:RUBRIC:ENGINE", *_WEIGHTS))
         raise UserError(f"no judge {name!r}: choose {kinds}")
     return "strings:qalign" if name in ("strings", "strings:") else name
 
@@ -443,6 +447,10 @@ def named_judge(
     kind, _, rest = full.partition(":")
     if kind == "strings":
         return string_judge(rest)
+    if kind == "rubric":
+        book, _, who = rest.partition(":")
+        judge = Judge(load_rubric(book), load_engine.__wrapped__(who, quantization))
+        return replace(rubric_judge(judge), name=full)
     if kind == "refusal" and _tuned(rest):
         from qalign.refusals import refusal_judge_for
 
@@ -474,6 +482,10 @@ def _check_judge(name: str) -> None:
     kind, _, rest = name.partition(":")
     if kind == "strings":
         string_judge(rest)
+    elif kind == "rubric":
+        book, _, who = rest.partition(":")
+        load_rubric(book)
+        _check_engine(name, who)
     elif kind == "refusal" and _tuned(rest):
         from qalign.refusals import _SHIPPED
 

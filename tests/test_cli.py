@@ -33,6 +33,12 @@ CASES = {
     "key without value": (["run", "--alpha"], "option --alpha needs a value"),
     "out of range": (["run", "--group-size", "1"], "expected group_size between 2 and 256, got '1'"),
     "not a number": (["demo", "--lr", "fast"], "expected float for lr, got 'fast'"),
+    "nothing to measure": (["bench", "rollout", "--prompts", "0"], "expected prompts and repeats of 1 or more"),
+    "no run to measure": (["bench", "rollout", "--run", "{folder}"], "no adapter-sft in"),
+    "no rubric to judge by": (
+        ["eval", "run", "x", "--model", "m=smollm2", "--judge", "rubric:hhh"],
+        "no judge 'rubric",
+    ),
     "no prompt file": (["run", "--prompts", "nowhere.txt"], "no prompt file nowhere.txt"),
     "empty prompt file": (["run", "--prompts", "{empty}"], "is empty"),
     "wrong shape": (["run", "--prompts", "{shape}"], "expected a column 'prompt' or 'goal', found"),
@@ -187,3 +193,13 @@ def test_rubric_test_wants_known_cases_and_engine(tmp_path):
     assert done.returncode == 2 and "no fixtures nowhere" in done.stderr
     done = run("rubric", "test", "--engine", "nonsense", "--out", str(tmp_path / "card"))
     assert done.returncode == 2 and "expected a model" in done.stderr and not (tmp_path / "card").exists()
+
+
+def test_the_list_of_sets_says_where_they_come_from(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["qalign", "eval", "list", "--full"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+        raise SystemExit(0)
+    out = capsys.readouterr().out
+    assert stop.value.code in (0, None) and out.count("SHA-256") >= 18 and "walledai/AdvBench" in out
+    assert "Zou et al. 2023" in out and "6cd1a5c63c07610d" in out

@@ -579,3 +579,8 @@ def test_only_a_classifier_may_lack_a_chat_template(hf: HFEngine, tmp_path: Path
     engine = load_engine(f"hf:{folder}", "fp32", chat=False)
     [[answer]] = engine.label_probs([[("Is it?", False)]], ["\n"], [["yes", "no"]])
     assert sum(answer.values()) == pytest.approx(1)
+
+
+def test_weights_of_another_name_are_refused():
+    with pytest.raises(UserError, match=r"expected quantization none \(bf16\), nf4 or fp32, got '4bit'"):
+        load_model("nowhere", "4bit")

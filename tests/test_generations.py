@@ -448,7 +448,21 @@ def test_a_smaller_run_takes_nothing_away(tmp_path, store):
 # Judges
 
 
-@pytest.mark.parametrize("name", ["", "gpt", "refusal", "refusal:", "ask-harm:", "strong-reject", "string"])
+NO_JUDGES = [
+    "",
+    "gpt",
+    "refusal",
+    "refusal:",
+    "ask-harm:",
+    "strong-reject",
+    "string",
+    "rubric",
+    "rubric:hhh",
+    "rubric:hhh:",
+]
+
+
+@pytest.mark.parametrize("name", NO_JUDGES)
 def test_names_that_are_no_judge(name):
     assert f"no judge {name!r}" in message(named_judge, name)
 
@@ -472,6 +486,7 @@ def test_a_judge_by_name_bears_that_name(monkeypatch):
         "strong-reject:x",
         "llama-guard-3",
         "harmbench:hf:y",
+        "rubric:hhh:hf:z",
     )
     judges = [named_judge(name, "nf4") for name in names]
     assert tuple(j.name for j in judges) == names and [j.kind for j in judges[:4]] == [
@@ -480,7 +495,10 @@ def test_a_judge_by_name_bears_that_name(monkeypatch):
         "harm",
         "harm",
     ]
-    assert asked[4:] == [("hf:meta-llama/Llama-Guard-3-8B", "nf4", False), ("hf:y", "nf4", False)] and asked[0][2]
+    assert asked[4:6] == [("hf:meta-llama/Llama-Guard-3-8B", "nf4", False), ("hf:y", "nf4", False)] and asked[0][2]
+    assert asked[6] == ("hf:z", "nf4", True) and judges[6].kind == "harm" and "harmlessness below 0" in judges[6].note
+    with pytest.raises(UserError, match="nobody"):
+        generations._check_judge("rubric:nobody:smollm2")
 
 
 def test_tuned_judges_of_refusals(tmp_path, monkeypatch):
