@@ -87,7 +87,7 @@ def demo(
 @app.command(context_settings=_MORE)
 def run(
     ctx: typer.Context,
-    prompts: Annotated[str, typer.Option(help="harmful prompts: .txt, .jsonl, .csv or .json")] = "harmful",
+    prompts: Annotated[str, typer.Option(help="wildjailbreak, or a file: .txt, .jsonl, .csv, .json")] = "harmful",
     preset: Preset = "tiny",
     out: Annotated[Path, typer.Option(help="run folder")] = Path("runs/run"),
     resume: Resume = False,
@@ -197,7 +197,7 @@ def study(
     ctx: typer.Context,
     vary: Annotated[str, typer.Option(help="one setting and its values, such as alpha=0,2,10")],
     seeds: Annotated[str, typer.Option(help="by comma")] = "0,1,2",
-    prompts: Annotated[str, typer.Option(help="harmful prompts: .txt, .jsonl, .csv or .json")] = "harmful",
+    prompts: Annotated[str, typer.Option(help="wildjailbreak, or a file: .txt, .jsonl, .csv, .json")] = "harmful",
     preset: Preset = "tiny",
     out: Annotated[Path, typer.Option(help="the study's folder, a run folder per cell below it")] = Path("runs/study"),
     resume: Resume = False,

@@ -168,13 +168,17 @@ def _unique(name: str, found: Iterable[tuple[str, Prompt]], repeats: list[str]) 
 
 # %% ../nbs/09_prompts.ipynb #4588ee89
 def load_prompts(
-    source: str | Path,  # 'harmful' or 'benign' (shipped), or the path of a .txt, .jsonl, .csv or .json file
+    source: str | Path,  # harmful, benign (shipped), wildjailbreak (the paper's), or a .txt, .jsonl, .csv or .json file
     limit: int | None = None,  # prompts kept, the first ones; None = all
     report: list[str] | None = None,  # receives a line for every repeated row that is dropped
 ) -> list[Prompt]:
     "The prompts of a shipped set or a file, in order, repeats dropped. Raises `UserError` that names file and row."
     if limit is not None and limit < 1:
         raise UserError(f"expected a limit of at least 1 prompt, got {limit}")
+    if source == "wildjailbreak":
+        from qalign.benchmarks import load_wildjailbreak  # a gated set: under $QALIGN_DATA, page `benchmarks`
+
+        return load_wildjailbreak(report=report)[:limit]
     name = str(source) if str(source).isprintable() and str(source) else repr(str(source))
     path = data_path("prompts", f"{source}.jsonl") if source in _SHIPPED else Path(source)
     rows = _shape(name, path)(name, _read(name, path))

@@ -767,7 +767,7 @@ def test_wildjailbreak(tmp_path, monkeypatch):
     assert [p.text for p in got] == ["Ask 1.", 'Ask "2".\tx'] and len(report) == 1
     assert [p.text for p in load_wildjailbreak(path, "vanilla_benign")] == ["Ask 4."]
     monkeypatch.setenv("QALIGN_DATA", str(tmp_path))
-    assert load_wildjailbreak() == got
+    assert load_wildjailbreak() == got == load_prompts("wildjailbreak") and load_prompts("wildjailbreak", 1) == got[:1]
     assert "expected vanilla_harmful" in message(load_wildjailbreak, path, "adversarial_harmful")
     for text, part in (
         ("vanilla\tdata_type\na\tvanilla_harmful\n", "expected the columns"),
