@@ -213,10 +213,8 @@ def study(
     fault = None
     try:
         room.run_study(settings, given, numbers, out, prompts, typer.echo, resume)
-    except UserError as e:
-        if "cells could not be run" not in str(e):
-            raise
-        fault = e  # the others are finished
+    except room.SomeFailed as e:
+        fault = e  # the others are finished: their record is written first
     record = room.export_study(out, export or out / "record")
     found = room.read_export(record)
     room.curve_figure(found["curves"], found["about"]["plan"]["key"]).savefig(out / "curves.png", dpi=150)

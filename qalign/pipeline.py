@@ -8,12 +8,10 @@ __all__ = ['STAGES', 'Plan', 'rubric_for', 'make_plan', 'Folder', 'open_folder',
 
 # %% ../nbs/17_pipeline.ipynb #d6323bb6
 import errno
-import gc
 import json
 import os
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -39,6 +37,7 @@ from qalign.core import (
 )
 from .engine import HFEngine, load_engine, load_model, model_path
 from .evaluate import evaluate, summarize
+from .generations import _free
 from .grpo import train_grpo
 from .judge import Judge
 from .processes import by_first, first, take_gpu, world_size
@@ -390,13 +389,6 @@ class Run:
         parts = {"draft": trace.draft, "revision": trace.revision}
         source = "an output of the final model" if found else "a Think-SFT record: no output of the final model parses"
         return {"prompt": prompt, "source": source, "parts": parts, "questions": questions}
-
-
-def _free() -> None:
-    "Give back the memory of models that nothing refers to."
-    gc.collect()
-    if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
-        sys.modules["torch"].cuda.empty_cache()
 
 # %% ../nbs/17_pipeline.ipynb #1b0da584
 _SAYS = {

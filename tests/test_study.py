@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from qalign import pipeline, study
+from qalign import cli, pipeline, study
 from qalign.core import Settings, UserError, append_jsonl, load_settings, read_jsonl, write_json, write_jsonl
 from qalign.reward import final_reward, group_advantages
 from qalign.study import (
@@ -343,6 +344,21 @@ def test_a_cell_that_fails_does_not_hold_up_the_others(toy, tmp_path, monkeypatc
     with pytest.raises(UserError, match=r"1 of 3 cells could not be run, first alpha-2/seed-0: GRPO stopped in step 3"):
         run_study(TINY, ALPHAS, [0], tmp_path / "s", say=quiet)
     assert {r["value"] for r in before_after(tmp_path / "s")} == {0, 10}
+    command = [
+        "study",
+        "--vary",
+        "alpha=0,2,10",
+        "--seeds",
+        "0",
+        "--out",
+        str(tmp_path / "t"),
+        "--quantization",
+        "none",
+    ]
+    monkeypatch.setattr(sys, "argv", ["qalign", *command])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2 and (tmp_path / "t" / "record" / "heldout.json").exists()
     toy()
     run_study(TINY, ALPHAS, [0], tmp_path / "s", say=quiet, resume=True)
     assert {r["value"] for r in before_after(tmp_path / "s")} == {0, 2, 10}
