@@ -201,7 +201,9 @@ def study(
     preset: Preset = "tiny",
     out: Annotated[Path, typer.Option(help="the study's folder, a run folder per cell below it")] = Path("runs/study"),
     resume: Resume = False,
-    export: Annotated[Path | None, typer.Option(help="folder of the compact record; OUT/record if not given")] = None,
+    export: Annotated[
+        Path | None, typer.Option(help="record without texts, whose cells are not run again; OUT/record if not given")
+    ] = None,
 ) -> None:
     "One setting varied, several seeds: every cell a run; curves, held-out differences and what becomes of drafts."
     from qalign import study as room
@@ -210,17 +212,17 @@ def study(
     given = {key.strip().replace("-", "_"): [v.strip() for v in values.split(",") if v.strip()]}
     settings = load_settings(preset, **overrides(ctx.args))
     numbers: Any = [s.strip() for s in seeds.split(",") if s.strip()]
-    fault = None
+    fault, record = None, export or out / "record"
     try:
-        room.run_study(settings, given, numbers, out, prompts, typer.echo, resume)
+        room.run_study(settings, given, numbers, out, prompts, typer.echo, resume, record)
     except room.SomeFailed as e:
-        fault = e  # the others are finished: their record is written first
-    record = room.export_study(out, export or out / "record")
+        fault = e  # what the others found is said first
     found = room.read_export(record)
-    room.curve_figure(found["curves"], found["about"]["plan"]["key"]).savefig(out / "curves.png", dpi=150)
     for line in room.study_findings(found):
         typer.echo(f"- {line}")
-    typer.echo(f"{record} holds the record, {out / 'curves.png'} the curves, {out} every run")
+    if rows := room.curves(found):
+        room.curve_figure(rows, found["plan"]["key"]).savefig(out / "curves.png", dpi=150)
+        typer.echo(f"{record} holds the record, {out / 'curves.png'} the curves, {out} the runs made here")
     if fault:
         raise fault
 

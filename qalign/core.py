@@ -67,7 +67,10 @@ class Settings:
 
     preset: str = _key("name of the preset these values came from")
     model: str = _key("engine specification of the policy: smollm2 (embedded), or hf:ID_OR_PATH")
-    quantization: str = _key("weights of the frozen base: nf4 (QLoRA) or none (bf16)", choices=("nf4", "none"))
+    quantization: str = _key(
+        "weights of the frozen base: nf4 (QLoRA), none (bf16), or fp32 (the fastest on a CPU without bf16 arithmetic)",
+        choices=("nf4", "none", "fp32"),
+    )
     lora_r: int = _key("rank of the LoRA adapter", 1, 1024)
     lora_alpha: int = _key("LoRA scale; the adapter is multiplied by lora_alpha / lora_r", 1, 4096)
     lora_dropout: float = _key("dropout inside the adapter, share", 0, 0.9)

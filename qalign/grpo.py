@@ -145,7 +145,7 @@ def _fixed() -> _Told:
 
 _COMMON = {
     "gradient_checkpointing": "memory is short on a GPU, time on a CPU",
-    "bf16": "autocast, on a CPU too",
+    "bf16": "autocast, on a CPU too; off over an fp32 base",
     "optim": "the plain one: the fused one differs in the last digits",
     "weight_decay": "an adapter starts at 0 and is small",
     "max_grad_norm": "one bad group moves little",

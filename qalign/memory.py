@@ -221,6 +221,13 @@ def _four_bit(shape: tuple[int, int], x: Any, unpacked: Any = None) -> Any:
     return _stand_ins()[0].apply(x.to(torch.bfloat16), shape).to(x.dtype)
 
 
+def _dtype(kind: str) -> Any:
+    "Of weights and activations outside the 4-bit layers."
+    import torch
+
+    return torch.float32 if kind == "fp32" else torch.bfloat16
+
+
 @functools.lru_cache(maxsize=32)
 def _one_layer(key: str, kind: str, r: int) -> tuple[Any, Any]:
     "A model of one decoder layer with a LoRA adapter, of fake tensors, and the mode they live in."
@@ -232,11 +239,11 @@ def _one_layer(key: str, kind: str, r: int) -> tuple[Any, Any]:
     quiet()
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(_config(key, 1), dtype=torch.bfloat16, attn_implementation="sdpa")
-    if kind != "none":
+        model = AutoModelForCausalLM.from_config(_config(key, 1), dtype=_dtype(kind), attn_implementation="sdpa")
+    if kind in ("nf4", "unpacked"):
         _replace_linear(model)
     wrapped: Any = get_peft_model(model, LoraConfig(r=r, target_modules="all-linear", task_type="CAUSAL_LM"))
-    adapter = torch.float32 if kind == "none" else torch.bfloat16  # as TRL leaves it
+    adapter = torch.bfloat16 if kind in ("nf4", "unpacked") else torch.float32  # as TRL leaves it
     with fake:
         for name, module in wrapped.named_modules():
             for k, p in list(module._parameters.items()):
@@ -284,7 +291,7 @@ class _Trace:
 @functools.lru_cache(maxsize=1024)
 def _trace_layer(
     key: str,
-    kind: str,  # nf4 · none: bf16 · unpacked: nf4 on a CPU, see `engine.unpacked`
+    kind: str,  # nf4 · none: bf16 · fp32 · unpacked: nf4 on a CPU, see `engine.unpacked`
     r: int,
     rows: int,
     new: int,  # tokens per row
@@ -302,15 +309,15 @@ def _trace_layer(
     width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     live, seen = _Live(), max(past, 0)
 
-    def empty(*shape: int, dtype: Any = torch.bfloat16) -> Any:
-        t = torch.empty(shape, dtype=dtype)
+    def empty(*shape: int, dtype: Any = None) -> Any:
+        t = torch.empty(shape, dtype=dtype or _dtype(kind))
         live.add(t, counted=False)
         return t
 
     try:
         off = contextlib.nullcontext() if adapter else model.disable_adapter()
         cast = torch.autocast(
-            "cpu", dtype=torch.bfloat16, enabled=past < 0
+            "cpu", dtype=torch.bfloat16, enabled=past < 0 and kind != "fp32"
         )  # TRL scores in autocast, generates without
         with fake, off, torch.set_grad_enabled(train), cast:
             for p in itertools.chain(model.parameters(), model.buffers()):
@@ -346,17 +353,19 @@ _TILE = (4096, 32_768)  # tokens, words: trl.kernels.chunked_logprob and trl.tra
 
 
 @functools.lru_cache(maxsize=1024)
-def _trace_head(key: str, rows: int, prompt: int, completion: int, train: bool, device: str) -> _Trace:
+def _trace_head(key: str, kind: str, rows: int, prompt: int, completion: int, train: bool, device: str) -> _Trace:
     "The last norm and TRL's output layer on the hidden states of a micro-batch."
     import torch
 
-    model, fake = _one_layer(key, "none", 1)
+    kind = "fp32" if kind == "fp32" else "none"  # the output layer is never in 4 bits
+    model, fake = _one_layer(key, kind, 1)
+    cast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=kind != "fp32")
     base, live = model.get_base_model(), _Live()
     try:
-        with fake, torch.set_grad_enabled(train), torch.autocast("cpu", dtype=torch.bfloat16):
+        with fake, torch.set_grad_enabled(train), cast:
             for p in itertools.chain(model.parameters(), model.buffers()):
                 live.add(p, counted=False)
-            x = torch.empty(rows, prompt + completion, base.config.hidden_size, dtype=torch.bfloat16)
+            x = torch.empty(rows, prompt + completion, base.config.hidden_size, dtype=_dtype(kind))
             live.add(x.requires_grad_(train), counted=False)
             with live.mode():
                 hidden = base.model.norm(x)[:, :-1]
@@ -481,12 +490,22 @@ class _Shape:
     layers: int
     hidden: int
     vocab: int
-    kv: int  # bytes of keys and values per token in one layer
+    heads: int  # key-value heads times the size of one
 
     @property
     def kind(self) -> str:
         "What the linear layers compute from."
         return "unpacked" if (self.s.quantization, self.o["device"]) == ("nf4", "cpu") else self.s.quantization
+
+    @property
+    def wide(self) -> int:
+        "Bytes of a weight or activation outside the 4-bit layers."
+        return 4 if self.s.quantization == "fp32" else 2
+
+    @property
+    def kv(self) -> int:
+        "Bytes of keys and values per token in one layer."
+        return 2 * self.wide * self.heads
 
     @property
     def p(self) -> int:
@@ -503,12 +522,12 @@ class _Shape:
         return min(self.o["generate_batch"] or total, total)
 
     def x(self, rows: int, tokens: int) -> int:
-        return 2 * rows * tokens * self.hidden
+        return self.wide * rows * tokens * self.hidden
 
     def copied(self, rows: int) -> tuple[int, str]:
         "The output weight, which a CPU copies for every sequence when it projects the last token of a prompt."
         many = self.o["device"] == "cpu" and rows > 1
-        return (2 * rows * self.hidden * self.vocab, "2 b h V") if many else (0, "")
+        return (self.wide * rows * self.hidden * self.vocab, "w b h V") if many else (0, "")
 
     def layer(self, rows: int, new: int, past: int = -1, train: bool = False, adapter: bool = True) -> _Trace:
         return _trace_layer(self.key, self.kind, self.s.lora_r, rows, new, past, train, adapter)
@@ -516,13 +535,13 @@ class _Shape:
 
 def _weights(z: _Shape) -> list[_Term]:
     n = sum(o * i for o, i in z.w.linear)
-    if z.s.quantization == "none":
-        linear = [_Term("linear layers", 2 * n, "2 n", "counted")]
+    if z.s.quantization != "nf4":
+        linear = [_Term("linear layers", z.wide * n, "w n", "counted")]
     else:
         linear = [_Term("linear layers", z.w.nf4, "n/2 + n/64 + 4 n/16384 + 68 a layer", "counted")]
     if z.kind == "unpacked":
         linear.append(_Term("unpacked on the CPU", 2 * n, "2 n", "counted"))
-    return [*linear, _Term("other weights", 2 * z.w.plain, "2 e", "counted")]
+    return [*linear, _Term("other weights", z.wide * z.w.plain, "w e", "counted")]
 
 
 def _state(z: _Shape) -> int:
@@ -549,13 +568,13 @@ def _generate(z: _Shape) -> dict[str, list[_Term]]:
     worst = max((write, "layer(b, 1) on the full cache"), (size * b * z.vocab, f"{size} b V"))
     return {
         "prefill": [
-            _Term("key-value cache", z.layers * z.kv * b * prompt, "4 L k d b P", "counted"),
+            _Term("key-value cache", z.layers * z.kv * b * prompt, "2 w L k d b P", "counted"),
             _Term("hidden states", 2 * z.x(b, prompt), "2 x(b, P)", "counted"),
             _Term("attention mask", b * prompt**2, "b P^2", "counted"),
             _Term("working set", first[0], first[1], "traced"),
         ],
         "decode": [
-            _Term("key-value cache", z.layers * z.kv * b * (prompt + completion), "4 L k d b S", "counted"),
+            _Term("key-value cache", z.layers * z.kv * b * (prompt + completion), "2 w L k d b S", "counted"),
             _Term("working set", worst[0], worst[1], "traced"),
         ],
     }
@@ -579,16 +598,19 @@ def _judging(z: _Shape) -> dict[str, list[_Term]]:
             "layer(j, Q) + 2 x(j, Q) + j Q T",
         ),
         (logits, text + ask, "14 j c V"),
-        (z.copied(rows)[0], text, "2 j h V"),
+        (z.copied(rows)[0], text, "w j h V"),
     ]
     work, held, formula = max(moments, key=lambda m: m[0] + z.layers * z.kv * rows * m[1])
     shared = z.layers * z.kv * 2 * (_FRAME + z.s.prompt_tokens)
     return {
         "judge": [
             _Term(
-                "key-value cache", z.layers * z.kv * rows * held, "4 L k d j (T + Q), T = S + 160, Q = 40 c", "counted"
+                "key-value cache",
+                z.layers * z.kv * rows * held,
+                "2 w L k d j (T + Q), T = S + 160, Q = 40 c",
+                "counted",
             ),
-            _Term("shared beginnings", shared, "4 L k d 2 (P + 160)", "counted"),
+            _Term("shared beginnings", shared, "2 w L k d 2 (P + 160)", "counted"),
             _Term("working set", work, formula, "traced"),
         ]
     }
@@ -604,13 +626,13 @@ def _learn(z: _Shape) -> dict[str, list[_Term]]:
     m, prompt, completion = _micro(z.s), z.s.prompt_tokens, z.s.completion_tokens
     length, device = prompt + completion, z.o["device"]
     x, mask = z.x(m, length), _Term("attention mask", m * length**2, "m S^2", "counted")
-    head, read = _trace_head(z.key, m, prompt, completion, False, device), z.layer(m, length)
+    head, read = _trace_head(z.key, z.kind, m, prompt, completion, False, device), z.layer(m, length)
     worst = max((read.forward, "layer(m, S)"), (head.forward, "head(m, S)"))
     phases = {}
     if z.s.kl > 0 or z.s.steps_per_generation * z.s.num_iterations > 1:
         hidden = _Term("hidden states", 2 * x, "2 x(m, S)", "counted")
         phases["log-probs"] = [hidden, mask, _Term("working set", worst[0], worst[1], "traced")]
-    head, layer = _trace_head(z.key, m, prompt, completion, True, device), z.layer(m, length, train=True)
+    head, layer = _trace_head(z.key, z.kind, m, prompt, completion, True, device), z.layer(m, length, train=True)
     gradients = _Term("gradients", z.a * z.p, "a p", "counted")
     if z.o["checkpointing"]:
         kept = _Term("layer inputs", (z.layers + 1) * x, "(L + 1) x(m, S)", "counted")
@@ -646,7 +668,7 @@ def plan(
     c, key = config, _key(config)
     try:
         width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-        sizes = (c.num_hidden_layers, c.hidden_size, c.vocab_size, 4 * c.num_key_value_heads * width)
+        sizes = (c.num_hidden_layers, c.hidden_size, c.vocab_size, c.num_key_value_heads * width)
     except AttributeError as e:
         raise UserError(f"no plan for {name or type(c).__name__}: expected a config like Llama's ({e})") from None
     z = _Shape(settings, options, key, count_weights(config), *sizes)
@@ -664,7 +686,7 @@ def plan(
 
 
 def _loading(z: _Shape) -> list[_Term]:
-    if z.s.quantization == "none":
+    if z.s.quantization != "nf4":
         return _weights(z)
     largest = _Term("largest layer, bf16", 2 * z.w.largest + z.w.largest // 16, "2 n_max + 4 n_max/64", "counted")
     return [*[t for t in _weights(z) if t.name != "unpacked on the CPU"], largest]
@@ -915,7 +937,7 @@ def _worst_step(model: Any, wanted: list[Any], rows: int, prompt: int, completio
     ids = (torch.arange(rows * (prompt + completion), device=device) % head.shape[0]).view(rows, -1)
     mask = torch.ones_like(ids)
     mask[:, 0] = 0  # padded, as a batch of unequal prompts is
-    with torch.autocast(device.type, dtype=torch.bfloat16):
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=head.dtype != torch.float32):
         hidden = base.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1]
         first = prompt - 1 if device.type == "cuda" else 0  # without Triton TRL scores every position
         logps = _head(hidden[:, first:].flatten(0, 1), head, ids[:, first + 1 :].flatten())

@@ -773,7 +773,7 @@ def common_arguments(
     return {
         "output_dir": str(folder),
         "seed": settings.seed,
-        "bf16": True,
+        "bf16": settings.quantization != "fp32",
         "use_cpu": not cuda,
         "gradient_checkpointing": cuda,  # memory is short on a GPU, time on a CPU
         "logging_steps": 1,

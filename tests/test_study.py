@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from qalign import cli, pipeline, study
 from qalign.core import Settings, UserError, append_jsonl, load_settings, read_jsonl, write_json, write_jsonl
+from qalign.prompts import load_prompts
 from qalign.reward import final_reward, group_advantages
 from qalign.study import (
     GRPO_KEYS,
@@ -25,6 +26,7 @@ from qalign.study import (
     draft_reading,
     export_study,
     read_export,
+    read_study,
     run_study,
     study_findings,
 )
@@ -132,10 +134,15 @@ def light_summary(rows_by_model):
     return {"table": table}
 
 
+def here():
+    return {"processor": "toy", "cores": 2, "date": "2025-01-01", "commit": "abc"}
+
+
 @pytest.fixture
 def toy(monkeypatch):
     "Returns a function that puts the stand-in in place, with a clock."
     monkeypatch.setattr(study, "summarize", light_summary)
+    monkeypatch.setattr(study, "_where", here)
     monkeypatch.setattr(pipeline, "_commit", lambda: None)
     monkeypatch.setattr("os.fsync", lambda fd: None)  # the disk is not what is tested
     monkeypatch.setattr(pipeline, "load_rubric", functools.cache(pipeline.load_rubric))
@@ -154,6 +161,7 @@ def finished(tmp_path_factory):
     "A finished study of the stand-in."
     patch = pytest.MonkeyPatch()
     patch.setattr(study, "summarize", light_summary)
+    patch.setattr(study, "_where", here)
     patch.setattr(pipeline, "run", stub(Clock()))
     out = tmp_path_factory.mktemp("finished") / "study"
     run_study(TINY, ALPHAS, [0, 1], out, say=quiet)
@@ -277,7 +285,14 @@ def test_other_versions_are_told(toy, finished, tmp_path):
 # --- kills
 
 
-def ticking(monkeypatch, clock):
+WRITING = ((study, "write_json"), (study, "write_jsonl"), (study.shutil, "copytree"), (study, "_pay_again"))
+RECORDING = (
+    *((study, "_describe"), (study, "_keep"), (study, "_open_record")),
+    *((study.tempfile, "mkdtemp"), (Path, "rename")),
+)
+
+
+def ticking(monkeypatch, clock, places=(*WRITING, (study.pipeline, "open_folder"))):
     "Kill before and after what the study itself writes, too."
 
     def around(do):
@@ -289,14 +304,8 @@ def ticking(monkeypatch, clock):
 
         return done
 
-    for module, name in (
-        (study, "write_json"),
-        (study, "write_jsonl"),
-        (study.shutil, "copytree"),
-        (study, "_pay_again"),
-    ):
+    for module, name in places:
         monkeypatch.setattr(module, name, around(getattr(module, name)))
-    monkeypatch.setattr(study.pipeline, "open_folder", around(pipeline.open_folder))
 
 
 def test_killed_anywhere_and_resumed_is_the_same_study(toy, tmp_path, monkeypatch):
@@ -343,7 +352,7 @@ def test_a_cell_that_fails_does_not_hold_up_the_others(toy, tmp_path, monkeypatc
     monkeypatch.setattr(pipeline, "run", bad)
     with pytest.raises(UserError, match=r"1 of 3 cells could not be run, first alpha-2/seed-0: GRPO stopped in step 3"):
         run_study(TINY, ALPHAS, [0], tmp_path / "s", say=quiet)
-    assert {r["value"] for r in before_after(tmp_path / "s")} == {0, 10}
+    assert {r["value"] for r in before_after(read_study(tmp_path / "s"))} == {0, 10}
     command = [
         "study",
         "--vary",
@@ -358,10 +367,10 @@ def test_a_cell_that_fails_does_not_hold_up_the_others(toy, tmp_path, monkeypatc
     monkeypatch.setattr(sys, "argv", ["qalign", *command])
     with pytest.raises(SystemExit) as stop:
         cli.main()
-    assert stop.value.code == 2 and (tmp_path / "t" / "record" / "heldout.json").exists()
+    assert stop.value.code == 2 and len(read_export(tmp_path / "t" / "record")["cells"]) == 2
     toy()
     run_study(TINY, ALPHAS, [0], tmp_path / "s", say=quiet, resume=True)
-    assert {r["value"] for r in before_after(tmp_path / "s")} == {0, 2, 10}
+    assert {r["value"] for r in before_after(read_study(tmp_path / "s"))} == {0, 2, 10}
 
 
 def test_two_processes_share_the_cells(toy, tmp_path):
@@ -477,8 +486,16 @@ def test_a_shared_cell_is_the_run_it_would_be_on_its_own(micro, transcripts, tmp
     assert {name: shared[name] for name in RESULTS} == {name: alone[name] for name in RESULTS}
     same = {name for name in RESULTS if shared[name] == other[name]} - {"eval/heatmap.json"}
     assert same == {"records.jsonl", "adapter-sft/adapter_model.safetensors"}  # the rest knows alpha
-    rows = {r["value"]: r for r in draft_reading(out) if r["steps"] == "all"}
-    assert rows[10]["rollouts"] == 8 and rows[10]["correlation"] < rows[2]["correlation"]
+    assert [r["rollouts"] for r in draft_reading(read_study(out)) if r["steps"] == "all"] == [8, 8]
+    texts = {r[k] for k in ("prompt", "completion") for r in read_jsonl(out / "alpha-2" / "seed-0" / "traces.jsonl")}
+    texts |= {r[k] for k in ("prompt", "output", "answer") for r in read_jsonl(own / "eval" / "grpo.jsonl") if r[k]}
+    record = export_study(out, tmp_path / "record")
+    told = "".join(p.read_text() for p in record.rglob("*.json*"))
+    assert not any(json.dumps(text, ensure_ascii=False)[1:-1] in told for text in texts if len(text) > 3)
+    about = json.loads((record / "alpha-2" / "seed-0" / "cell.json").read_text())
+    assert about["processor"] and about["cores"] and about["versions"]["torch"] and about["date"]
+    assert about["seconds"].keys() >= {"start", "sft", "grpo", "grpo/judge", "report"} and str(tmp_path) not in told
+    assert about["rows"] == {"steps": 2, "rollouts": 8, "heldout": 24}
 
 
 def test_no_stage_before_grpo_reads_a_setting_of_grpo(micro, tmp_path):
@@ -509,36 +526,49 @@ def test_no_stage_before_grpo_reads_a_setting_of_grpo(micro, tmp_path):
 
 
 def test_curves_have_a_row_per_step_and_cell(finished):
-    rows = curves(finished)
+    rows = curves(read_study(finished))
     assert [r["step"] for r in rows] == [1, 2, 3, 4] * 6
-    assert [(r["value"], r["seed"]) for r in rows[::4]] == [(a, s) for s in (0, 1) for a in (0, 2, 10)]
+    assert [(r["value"], r["seed"]) for r in rows[::4]] == [(a, s) for a in (0, 2, 10) for s in (0, 1)]
     assert set(rows[0]) == {"step", "value", "seed", *study._CURVES} and rows[0]["kl"] is None
 
 
 def test_a_study_that_has_just_begun_says_so(finished, tmp_path):
     shutil.copy(finished / "study.json", tmp_path / "study.json")
+    begun = read_study(tmp_path)
+    assert begun["cells"] == curves(begun) == before_after(begun) == draft_reading(begun) == []
+    assert study_findings(begun) == ["0 of 6 cells are finished"]
     with pytest.raises(UserError, match="no GRPO step is recorded"):
-        curves(tmp_path)
-    assert before_after(tmp_path) == [] and draft_reading(tmp_path) == []
-    with pytest.raises(UserError, match=r"no study\.json in nowhere"):
-        curves(tmp_path / "nowhere")
+        curve_figure(curves(begun))
+    for read in (read_study, read_export):
+        with pytest.raises(UserError, match=r"no study\.json in .*nowhere: give the folder of a study or"):
+            read(tmp_path / "nowhere")
+
+
+def test_a_cell_that_is_not_finished_has_its_curves_alone(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "s")
+    (tmp_path / "s" / "alpha-2" / "seed-1" / "stages" / "report.json").unlink()
+    found = read_study(tmp_path / "s")
+    assert len(curves(found)) == 24 and study_findings(found)[0] == "5 of 6 cells are finished"
+    whole = read_export(export_study(tmp_path / "s", tmp_path / "record"))
+    assert study_findings(found) == study_findings(whole) and len(whole["cells"]) == 5
+    assert len(curves(whole)) == 20
 
 
 def test_the_figure_is_small_and_has_a_line_per_value_and_seed(finished):
-    figure = curve_figure(curves(finished))
+    figure = curve_figure(curves(read_study(finished)))
     assert all(n <= m for n, m in zip(figure.get_size_inches(), (6, 3), strict=True))
     assert [len(ax.lines) for ax in figure.axes] == [3 * (2 + 1)] * 3
     assert len({line.get_color() for line in figure.axes[0].lines}) == 3
-    uneven = [r for r in curves(finished) if r["seed"] == 0 or r["step"] < 3]
+    uneven = [r for r in curves(read_study(finished)) if r["seed"] == 0 or r["step"] < 3]
     assert [len(line.get_xdata()) for line in curve_figure(uneven).axes[0].lines[:3]] == [4, 2, 2]
-    one = curve_figure([r for r in curves(finished) if r["seed"] == 0], "kl")
+    one = curve_figure([r for r in curves(read_study(finished)) if r["seed"] == 0], "kl")
     assert [len(ax.lines) for ax in one.axes] == [3] * 3
     words = [{"step": s, "value": v, "seed": 0, "r1": 0.1, "r2": None, "reward": 1.0} for v in "ab" for s in (1, 2)]
     assert "a: 0.10 → 0.10" in curve_figure(words).get_suptitle()
 
 
 def test_differences_on_held_out_prompts_by_hand(finished):
-    rows = before_after(finished)
+    rows = before_after(read_study(finished))
     assert len(rows) == 2 * (3 * (2 * 2 + 2 * 1) + 2 * 4)
     assert {r["against"] for r in rows if r["metric"] in ("r1", "r2")} == {"sft", "alpha 0"}
     gain = [r for r in rows if r["metric"] == "r_answer" and r["against"] in ("sft", "start")]
@@ -572,67 +602,53 @@ def test_what_has_no_score_or_no_partner_is_left_out():
     assert list(study._paired({}, dict(list(a.items())[:2]), b)) == []  # one pair says nothing of the spread
 
 
-def traces(folder: Path, groups, alpha=10.0, scale="group", problem=lambda i: ""):
+def traces(groups, alpha=10.0, scale="group", problem=lambda i: ""):
     "A study of one cell whose rollouts are given: one step per list of groups."
-    size = len(groups[0][0])
-    about = TINY.replace(alpha=alpha, group_size=size, scale_rewards=scale)
-    plan = {"key": "alpha", "values": [alpha], "seeds": [0]}
-    write_json(folder / "study.json", {"plan": plan, "versions": {}})
-    cell = study._cells(folder, plan)[0].path
-    write_json(cell / "settings.json", {"settings": about.to_dict()})
-    rows = []
+    size, rows = len(groups[0][0]), []
+    settings = {"beta": 1.0, "group_size": size, "scale_rewards": scale}
     for step, found in enumerate(groups, 1):
         for g, group in enumerate(found):
             for i, (r1, r2) in enumerate(group):
-                reward = final_reward(r1, r2, alpha, 1.0)
-                row = {"step": step, "index": g * size + i, "prompt_id": f"p{g}", "r1": r1, "r2": r2, "reward": reward}
-                text = render_trace("word " * (i + 1), "Wait.", "b")
-                rows.append({**row, "prompt": "SECRET", "completion": text, "problem": problem(i)})
-    write_jsonl(cell / "traces.jsonl", rows)
-    return folder
+                row = {"step": step, "prompt_id": f"p{g}", "r1": r1, "r2": r2, "words": i + 1, "problem": problem(i)}
+                rows.append(row | {"reward": final_reward(r1, r2, alpha, 1.0)})
+    cell = {"about": {"value": alpha, "seed": 0}, "finished": True, "rollouts": rows}
+    return {"plan": {"key": "alpha", "values": [alpha], "seeds": [0], "settings": settings}, "cells": [cell]}
 
 
 TOY = [(-1, 0.9), (0.9, 1), (0.5, 0.5), (1, -1)]
 
 
-def test_reading_of_the_four_rollouts_by_hand(tmp_path):
-    first, last, whole = draft_reading(traces(tmp_path, [[TOY]]))
+def test_reading_of_the_four_rollouts_by_hand():
+    first, last, whole = draft_reading(traces([[TOY]]))
     assert first == {**last, "steps": "first"} == {**whole, "steps": "first"}
     assert whole["r1"] == pytest.approx(1.4 / 4) and whole["gain"] == pytest.approx((1.9 + 0.1 + 0 - 2) / 4)
     assert whole["better"] == 0.5 and whole["slope"] == -4.5 and whole["draft_words"] == 2.5 and whole["rollouts"] == 4
 
 
 @pytest.mark.parametrize(("alpha", "expected"), [(0, 1.0), (2, -1.0), (10, -1.0)])
-def test_at_fixed_r2_the_sign_is_that_of_the_slope(tmp_path, alpha, expected):
+def test_at_fixed_r2_the_sign_is_that_of_the_slope(alpha, expected):
     groups = [[[(-1, 0.9), (-0.5, 0.9), (0, 0.9), (0.5, 0.9)]], [[(-0.9, 0.2), (0.1, 0.2), (-0.2, 0.2), (-0.7, 0.2)]]]
-    row = draft_reading(traces(tmp_path, groups, alpha, "none"))[-1]
+    row = draft_reading(traces(groups, alpha, "none"))[-1]
     assert row["correlation"] == pytest.approx(expected) and row["slope"] == 1 - alpha
 
 
-def test_first_and_last_steps(tmp_path):
+def test_first_and_last_steps():
     groups = [[[(step / 100, 0.5), (step / 100 + 0.1, 0.5)]] for step in range(30)]
-    first, last, whole = draft_reading(traces(tmp_path, groups))
+    first, last, whole = draft_reading(traces(groups))
     assert first["r1"] == pytest.approx(0.05 + 0.045) and last["r1"] == pytest.approx(0.05 + 0.245)
     assert whole["rollouts"] == 60 and first["rollouts"] == last["rollouts"] == 20
-    short = draft_reading(traces(tmp_path / "short", groups[:7]))
+    short = draft_reading(traces(groups[:7]))
     assert [r["rollouts"] for r in short] == [6, 6, 14]
 
 
-def test_a_step_that_is_being_written_is_passed_over(tmp_path):
-    folder = traces(tmp_path, [[TOY], [TOY]])
-    file = folder / "alpha-10" / "seed-0" / "traces.jsonl"
-    file.write_text("".join(line for line in file.read_text().splitlines(keepends=True)[:-1]) + '{"step": 2, "ind')
-    assert draft_reading(folder)[-1]["rollouts"] == 4
-
-
-def test_what_has_no_form_has_no_draft(tmp_path):
-    row = draft_reading(traces(tmp_path, [[TOY]], problem=lambda i: "truncated" if i == 3 else ""))[-1]
+def test_what_has_no_form_has_no_draft():
+    row = draft_reading(traces([[TOY]], problem=lambda i: "truncated" if i == 3 else ""))[-1]
     assert row["rollouts"] == 3 and row["r1"] == pytest.approx(0.4 / 3)
-    assert draft_reading(traces(tmp_path / "none", [[TOY]], problem=lambda i: "empty")) == []
+    assert draft_reading(traces([[TOY]], problem=lambda i: "empty")) == []
 
 
-def test_a_group_without_spread_has_no_correlation(tmp_path):
-    row = draft_reading(traces(tmp_path, [[[(0.5, 0.5)] * 4]]))[-1]
+def test_a_group_without_spread_has_no_correlation():
+    row = draft_reading(traces([[[(0.5, 0.5)] * 4]]))[-1]
     assert row["correlation"] is None and row["better"] == 0 and row["slope"] == 0
 
 
@@ -677,26 +693,253 @@ def test_partial_correlation_is_the_textbooks(rows):
 # --- the record
 
 
-def test_the_record_is_small_and_holds_nobodys_text(finished, tmp_path):
-    record = export_study(finished, tmp_path / "record")
-    text = "".join(p.read_text() for p in record.iterdir())
-    assert "SECRET" not in text and "one two three" not in text and str(finished.parent) not in text
-    found = read_export(record)
-    assert found["about"]["finished"] == [f"alpha-{a}/seed-{s}" for s in (0, 1) for a in (0, 2, 10)]
-    assert len(found["curves"]) == 24 and len(found["heldout"]) == 52 and len(found["drafts"]) == 9
-    row = json.dumps({**found["curves"][0], **dict.fromkeys(study._CURVES, -0.123456)})
-    assert 9 * 60 * len(row) < 150_000 and len(text) - sum(map(len, (record / "curves.jsonl").read_text())) < 60_000
-    again = export_study(finished, tmp_path / "again")
-    assert digest(record) == digest(again)
-    (record / "drafts.json").unlink()
-    with pytest.raises(UserError, match=r"no drafts\.json in record"):
+def texts_of(out: Path) -> set[str]:
+    "Every prompt and completion that a study has seen."
+    told = {p.text for name in ("harmful", "benign") for p in load_prompts(name)}
+    return told | {r[k] for f in out.rglob("traces.jsonl") for r in read_jsonl(f) for k in ("prompt", "completion")}
+
+
+@pytest.fixture
+def record(finished, tmp_path):
+    return export_study(finished, tmp_path / "record")
+
+
+def lose(record: Path, *names: str) -> None:
+    for name in names:
+        shutil.rmtree(record / name)
+
+
+def test_the_record_says_what_the_run_folders_say(finished, record):
+    assert read_export(record) == read_study(finished)
+    assert study_findings(read_export(record)) == study_findings(read_study(finished))
+    assert curve_figure(curves(read_export(record))).get_suptitle()
+
+
+def test_the_record_is_small_and_holds_nobodys_text(finished, record, tmp_path):
+    files = [p for p in record.rglob("*") if p.is_file()]
+    text = "".join(p.read_text() for p in files)
+    texts = texts_of(finished)
+    assert len(files) == 1 + 6 * 4 and len(texts) > 180 and "SECRET" in texts
+    assert not any(json.dumps(t, ensure_ascii=False)[1:-1] in text for t in texts)
+    assert "one two three" not in text and str(finished.parent) not in text
+    rows = (record / "alpha-10" / "seed-1" / "rollouts.jsonl").read_text().splitlines()
+    assert len(rows) == 4 * TINY.group_size and max(map(len, rows)) < 140 and json.loads(rows[0])["words"] == 3
+    about = json.loads((record / "alpha-10" / "seed-1" / "cell.json").read_text())
+    assert (about["value"], about["seed"], about["processor"], about["commit"]) == (10, 1, "toy", "abc")
+    assert list(json.loads((record / "study.json").read_text())) == ["plan"]
+    assert digest(record) == digest(export_study(finished, tmp_path / "again"))
+
+
+def test_numbers_have_six_digits_and_values_all_of_theirs(toy, tmp_path):
+    run_study(TINY, {"lr": [3e-7, 1.25e-7]}, [0], tmp_path / "s", say=quiet, record=tmp_path / "record")
+    cells = read_export(tmp_path / "record")["cells"]
+    assert [c["about"]["value"] for c in cells] == [3e-7, 1.25e-7]
+    numbers = [v for c in cells for part in ("steps", "rollouts", "heldout") for r in c[part] for v in r.values()]
+    assert all(v == round(v, 6) for v in numbers if isinstance(v, float)) and any(isinstance(v, float) for v in numbers)
+
+
+def test_a_record_alone_is_enough_to_go_on(toy, finished, record, tmp_path):
+    whole = digest(record)
+    lose(record, "alpha-10/seed-0", "alpha-0/seed-1")
+    part, said = digest(record), []
+    run_study(TINY, ALPHAS, [0, 1], tmp_path / "new", say=said.append, record=record)
+    assert digest(record) == whole and part.items() <= whole.items()
+    kept = ["[1/6] alpha-0/seed-0", "[2/6] alpha-2/seed-0", "[5/6] alpha-2/seed-1", "[6/6] alpha-10/seed-1"]
+    assert [line for line in said if "in the record" in line] == [f"{x} is finished, in the record" for x in kept]
+    assert sorted(p.name for p in (tmp_path / "new").glob("alpha-*/*/stages/report.json")) == ["report.json"] * 2
+
+
+def test_what_a_seed_shares_is_not_made_for_cells_of_the_record(toy, record, tmp_path):
+    lose(record, "alpha-2/seed-1")
+    run_study(TINY, ALPHAS, [0, 1], tmp_path / "new", say=quiet, record=record)
+    assert [p.name for p in (tmp_path / "new" / "shared").iterdir()] == ["seed-1"]
+    clock = toy(Clock())
+    run_study(TINY, ALPHAS, [0, 1], tmp_path / "third", say=quiet, record=record)
+    assert clock.seen == 0 and not (tmp_path / "third" / "shared").exists()
+
+
+def test_a_study_without_a_record_enters_one_later(toy, tmp_path):
+    run_study(TINY, {"alpha": [0, 2]}, [0], tmp_path / "s", say=quiet)
+    before = digest(tmp_path / "s")
+    run_study(TINY, {"alpha": [0, 2]}, [0], tmp_path / "s", say=quiet, resume=True, record=tmp_path / "record")
+    assert len(read_export(tmp_path / "record")["cells"]) == 2 and digest(tmp_path / "s") == before
+
+
+def test_two_machines_fill_one_record(toy, tmp_path, monkeypatch):
+    two, record = {"alpha": [0, 2]}, tmp_path / "record"
+    good = pipeline.run
+
+    def slow(settings, out, *rest):
+        "While the first machine is at its first cell, the other one runs the whole study."
+        monkeypatch.setattr(pipeline, "run", good)
+        monkeypatch.setattr(study, "_where", lambda: {**here(), "processor": "other"})
+        run_study(TINY, two, [0], tmp_path / "other", say=quiet, record=record)
+        found.update(digest(record))
+        monkeypatch.setattr(study, "_where", here)
+        return good(settings, out, *rest)
+
+    found, said = dict[str, str](), []
+    monkeypatch.setattr(pipeline, "run", slow)
+    run_study(TINY, two, [0], tmp_path / "first", say=said.append, record=record)
+    assert digest(record) == found and len(found) == 1 + 2 * 4
+    assert {c["about"]["processor"] for c in read_export(record)["cells"]} == {"other"}
+    assert said[-1] == "[2/2] alpha-2/seed-0 is finished, in the record"
+    machines = json.loads((tmp_path / "first" / "alpha-0" / "seed-0" / "machine.json").read_text())
+    assert machines["processor"] == "toy"  # its own cell is finished too, and stays out of the record
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"settings": TINY.replace(lr=2e-4)}, "another lr (0.0001, now 0.0002)"),
+        ({"settings": TINY.replace(dimensions=1)}, "another dimensions (3, now 1)"),
+        ({"vary": {"alpha": [0, 2]}}, "another values"),
+        ({"seeds": [0, 1, 2]}, "another seeds ([0, 1], now [0, 1, 2])"),
+        ({"prompts": "benign"}, "another prompts"),
+    ],
+)
+def test_a_record_of_another_plan_is_refused(toy, record, tmp_path, change, message):
+    before = digest(record)
+    args = {"settings": TINY, "vary": ALPHAS, "seeds": [0, 1], "prompts": "harmful"} | change
+    with pytest.raises(UserError) as e:
+        run_study(**args, out=tmp_path / "new", say=quiet, record=record)
+    assert message in str(e.value) and "--export" in str(e.value) and "\n" not in str(e.value)
+    assert digest(record) == before and not (tmp_path / "new").exists()
+
+
+def test_a_folder_that_is_no_record_is_refused(toy, finished, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="is not empty and holds no study: give another --export"):
+        export_study(finished, tmp_path / "full")
+    with pytest.raises(UserError, match="is a file: give another --export"):
+        export_study(finished, tmp_path / "full" / "thesis.txt")
+    with pytest.raises(UserError, match="is the study's own folder: give another --export"):
+        export_study(finished, finished)
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-9])
+
+
+def drop_a_row(file: Path) -> None:
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
+
+
+@pytest.mark.parametrize("damage", [cut, drop_a_row, Path.unlink, lambda f: f.write_bytes(b"\xff\xfe{")])
+@pytest.mark.parametrize("name", ["cell.json", "steps.jsonl", "rollouts.jsonl", "heldout.jsonl"])
+def test_a_torn_file_of_the_record_is_named(toy, record, tmp_path, name, damage):
+    damage(record / "alpha-2" / "seed-1" / name)
+    before = digest(record)
+    for read in (lambda: read_export(record), lambda: run_study(TINY, ALPHAS, [0, 1], tmp_path / "n", record=record)):
+        with pytest.raises(UserError) as e:
+            read()
+        said = str(e.value)
+        assert name in said and "remove the folder alpha-2/seed-1 and run the study again" in said and "\n" not in said
+    lose(record, "alpha-2/seed-1")
+    run_study(TINY, ALPHAS, [0, 1], tmp_path / "n", say=quiet, record=record)
+    assert digest(record).keys() == before.keys() | {f"alpha-2/seed-1/{name}"}
+
+
+def test_a_torn_plan_is_named(toy, record, tmp_path):
+    cut(record / "study.json")
+    with pytest.raises(UserError, match=r"study\.json in .*record is torn: give the folder of a study or"):
+        run_study(TINY, ALPHAS, [0, 1], tmp_path / "new", say=quiet, record=record)
+
+
+def test_a_cell_of_another_study_or_in_the_wrong_place_is_refused(finished, record):
+    about = json.loads((record / "alpha-2" / "seed-1" / "cell.json").read_text())
+    write_json(record / "alpha-2" / "seed-1" / "cell.json", {**about, "plan": "0" * 16})
+    with pytest.raises(UserError, match="has another plan"):
+        read_export(record)
+    lose(record, "alpha-2/seed-1")
+    shutil.copytree(record / "alpha-10" / "seed-1", record / "alpha-2" / "seed-1")
+    with pytest.raises(UserError, match=r"has another value \(10\.0, not 2\.0\)"):
         read_export(record)
 
 
-def test_findings_name_every_value_and_what_is_not_finished(finished, tmp_path):
-    lines = study_findings(read_export(export_study(finished, tmp_path / "record")))
-    assert lines[0] == "6 of 6 cells are finished"
-    assert [line.split(",")[0] for line in lines[1:4]] == ["alpha 0", "alpha 2", "alpha 10"]
-    assert all("lower in 2 of 2 seeds" in line for line in lines[1:4])
-    assert any("held-out r_answer against sft: 0.30 [0.30, 0.30], differs" in line for line in lines)
+def test_folders_of_the_machine_are_not_in_the_record(toy, tmp_path):
+    rubrics = [str(tmp_path / name) for name in ("one.yaml", "two.yaml")]
+    shipped = Path(study.__file__).parent.parent / "data" / "rubric" / "hhh.yaml"
+    for path in rubrics:
+        shutil.copy(shipped, path)
+    run_study(TINY, {"rubric": rubrics}, [0], tmp_path / "s", say=quiet, record=tmp_path / "record")
+    files = [p for p in (tmp_path / "record").rglob("*") if p.is_file()]
+    assert str(tmp_path) not in "".join(p.read_text() for p in files)
+    assert {p.parent.parent.name for p in files if p.name == "cell.json"} == {"rubric-one.yaml", "rubric-two.yaml"}
+    used = json.loads((tmp_path / "s" / "rubric-two.yaml" / "seed-0" / "settings.json").read_text())["settings"]
+    assert used["rubric"] == rubrics[1]
+
+
+def test_killed_around_a_record_loses_no_finished_cell(toy, tmp_path, monkeypatch):
+    two, small = {"alpha": [0, 10]}, TINY.replace(grpo_steps=1, eval_harmful=2, eval_benign=2)
+    with monkeypatch.context() as m:
+        clock = Clock()
+        ticking(m, clock, RECORDING)
+        run_study(small, two, [0], tmp_path / "whole-runs", say=quiet, record=tmp_path / "whole")
+    whole, record = digest(tmp_path / "whole"), tmp_path / "record"
+    assert clock.seen == 2 * (1 + 2 * 4)
+    for n in range(1, clock.seen + 1):
+        with monkeypatch.context() as m:
+            ticking(m, Clock(n), RECORDING)
+            with pytest.raises(Killed):
+                run_study(small, two, [0], tmp_path / f"killed-{n}", say=quiet, record=record)
+        there = {f"{p.parent.name}/{p.name}" for p in record.glob("alpha-*/seed-*")}
+        names = [f"alpha-{c['about']['value']:g}/seed-0" for c in read_export(record)["cells"]] if there else []
+        assert set(names) == there
+        (record / "alpha-10" / ".seed-0.left").mkdir(parents=True)  # by a kill that nothing could clean up after
+        if not (record / "study.json").exists():
+            shutil.rmtree(record)
+        said = []  # the run folders are lost
+        run_study(small, two, [0], tmp_path / f"other-{n}", say=said.append, record=record)
+        done = {line.split()[1] for line in said if line.endswith("in the record")}
+        assert digest(record) == whole and done == there, f"killed at {n} of {clock.seen}"
+        assert there >= {"alpha-10/seed-0"} or not (record / "alpha-10" / ".seed-0.left").exists()
+        shutil.rmtree(record)
+
+
+# --- findings
+
+
+def test_findings_name_every_value_and_what_is_not_finished(record):
+    lines = study_findings(read_export(record))
+    assert lines[:2] == ["6 of 6 cells are finished", "machines: toy: 6 cells"]
+    assert [line.split(",")[0] for line in lines[2:5]] == ["alpha 0", "alpha 2", "alpha 10"]
+    assert all("lower in 2 of 2 seeds; seed 0: " in line and "seed 1: " in line for line in lines[2:5])
+    assert any("held-out r_answer against sft: 0.30 [0.30, 0.30], differs (seed 0: 0.30, " in line for line in lines)
     assert any("held-out r1 against alpha 0: 0.00 [0.00, 0.00], no difference can be told" in line for line in lines)
+
+
+def test_only_seeds_that_are_finished_for_both_values_are_paired(record):
+    lose(record, "alpha-0/seed-1", "alpha-10/seed-0")
+    found = read_export(record)
+    rows = {(r["value"], r["against"]): r["by_seed"].keys() for r in before_after(found) if r["metric"] == "r1"}
+    assert {k: set(v) for k, v in rows.items()} == {
+        (0, "sft"): {"0"},
+        (2, "sft"): {"0", "1"},
+        (10, "sft"): {"1"},
+        (2, "alpha 0"): {"0"},
+    }
+    assert study_findings(found)[0] == "4 of 6 cells are finished"
+    assert [t.get_text() for t in curve_figure(curves(found)).axes[-1].get_legend().get_texts()] == [
+        "alpha 0, 1 seed",
+        "alpha 2, 2 seeds",
+        "alpha 10, 1 seed",
+    ]
+
+
+def test_one_finished_cell_is_enough(record):
+    lose(record, *(f"alpha-{a}/seed-{s}" for a in (0, 2, 10) for s in (0, 1) if (a, s) != (2, 1)))
+    found = read_export(record)
+    assert study_findings(found)[0] == "1 of 6 cells are finished" and len(curves(found)) == 4
+    assert {r["against"] for r in before_after(found)} == {"sft", "start"} and len(draft_reading(found)) == 3
+    assert [len(ax.lines) for ax in curve_figure(curves(found)).axes] == [1] * 3
+
+
+def test_machines_and_versions_that_differ_are_named(record):
+    file = record / "alpha-2" / "seed-1" / "cell.json"
+    about = json.loads(file.read_text())
+    write_json(file, {**about, "processor": "other", "versions": {**about["versions"], "torch": "1.0"}})
+    line = study_findings(read_export(record))[1]
+    now = about["versions"]["torch"]
+    assert line == f"machines: toy: 5 cells; other: 1 cell; versions of torch: {now}, 1.0"
