@@ -457,18 +457,22 @@ def eval_overlap(prompts: Annotated[str, typer.Argument(help="training prompts: 
 
 # %% ../nbs/19_cli.ipynb #651e529a
 def _models(given: list[str]) -> list[Any]:
-    "Models from NAME=SPEC[,adapter=FOLDER][,quantization=nf4][,system=TEXT][,transcripts]."
+    "Models from NAME=SPEC[,adapter=FOLDER][,quantization=nf4][,system=TEXT][,seed=K][,transcripts]."
     from qalign.generations import Model
 
     out = []
     for text in given:
         name, eq, rest = text.partition("=")
-        spec, *more = re.split(r",(?=(?:adapter|quantization|system)=|transcripts$|transcripts,)", rest)
+        spec, *more = re.split(r",(?=(?:adapter|quantization|system|seed)=|transcripts$|transcripts,)", rest)
         options = dict(x.partition("=")[::2] for x in more if x != "transcripts")
         if not eq or not spec:
             example = "start=smollm2 or tuned=smollm2,adapter=runs/demo/adapter"
             raise UserError(f"expected --model NAME=SPEC, got {text!r}: such as {example}")
-        out.append(Model(name, spec, transcripts="transcripts" in more, **options))
+        seed = options.pop("seed", None)
+        if seed is not None and not seed.isdecimal():
+            raise UserError(f"{name}: expected the seed it was trained with, 0 or more, got seed={seed}")
+        trained = None if seed is None else int(seed)
+        out.append(Model(name, spec, transcripts="transcripts" in more, seed=trained, **options))
     return out
 
 
@@ -480,7 +484,7 @@ _JUDGES = (
 )
 Judges = Annotated[list[str] | None, typer.Option("--judge", help=_JUDGES)]
 _TWO = ["strings", "refusal:tuned"]  # phrases, and the judge that people's labels taught
-_MODELS = "NAME=SPEC[,adapter=FOLDER][,quantization=nf4][,system=TEXT][,transcripts]; more than once"
+_MODELS = "NAME=SPEC[,adapter=FOLDER][,quantization=nf4][,system=TEXT][,seed=K][,transcripts]; more than once"
 Rows = Annotated[str, typer.Option(help="rows a set must have: a number, or any; as published if not given")]
 Missing = Annotated[str, typer.Option(help="a missing answer: harmful (counts, as in the paper) or apart")]
 

@@ -255,7 +255,12 @@ class Model:
     quantization: str = "none"  # none: bf16 · nf4 · fp32
     transcripts: bool = False  # it was taught to write draft, reflection and revision: without them there is no answer
     system: str = ""  # system message
+    seed: int | None = None  # it was trained with, 0 or more; models of one name and several seeds are counted as one
     engine: Any = field(default=None, compare=False, repr=False)  # the model, if it is loaded already
+
+    def __post_init__(self) -> None:
+        if self.seed is not None and self.seed < 0:
+            raise UserError(f"{self.name}: expected the seed of its training, 0 or more, got {self.seed}")
 
     def check(self) -> None:
         "Raise `UserError` for weights or an adapter that are not there, as far as can be seen without loading."
@@ -324,7 +329,8 @@ _EXTRA = {"behavior": "behavior", "Tags": "tags", "tags": "tags"}  # column of t
 
 def _row(model: Model, name: str, item: Item, trial: int, key: str, said: Generation | EngineError) -> dict[str, Any]:
     output = said.output if isinstance(said, Generation) else None
-    head = {"model": model.name, "set": name, "id": item.id, "trial": trial}
+    head: dict[str, Any] = {"model": model.name, "set": name, "id": item.id, "trial": trial}
+    head |= {} if model.seed is None else {"seed": model.seed}
     asked = {"label": "harmful" if item.harmful else "benign", "category": item.category}
     asked |= {"prompt_hash": content_hash(item.prompt), "prompt": item.prompt}
     asked |= {_EXTRA[k]: v for k, v in item.extra.items() if k in _EXTRA and v not in ("", item.prompt)}
@@ -335,17 +341,22 @@ def _row(model: Model, name: str, item: Item, trial: int, key: str, said: Genera
     return {**head, **asked, **told, "transcripts": model.transcripts, **cost, **end, "key": key, "verdicts": {}}
 
 # %% ../nbs/14a_generations.ipynb #839d9e69
+def _label(name: str, seed: int | None) -> str:
+    "What one trained model is called in files and messages."
+    return name if seed is None else f"{name}@{seed}"
+
+
 def write_rows(
     folder: Path | str,
     rows: Iterable[Mapping[str, Any]],  # of any models and sets
 ) -> list[Path]:
-    "Write rows to one file per set and model, each atomically; a file that is there is replaced."
+    "Write rows to one file per set, model and seed, each atomically; a file that is there is replaced."
     files: dict[Path, list[Mapping[str, Any]]] = {}
     for row in rows:
         names = (str(row["set"]), str(row["model"]))
         if bad := next((n for n in names if not _NAME.fullmatch(n)), None):
             raise UserError(f"expected a plain name (letters, digits, . _ -), got {bad!r}")
-        files.setdefault(Path(folder) / names[0] / f"{names[1]}.jsonl", []).append(row)
+        files.setdefault(Path(folder) / names[0] / f"{_label(names[1], row.get('seed'))}.jsonl", []).append(row)
     for path, some in files.items():
         write_jsonl(path, some)
     return list(files)
@@ -353,13 +364,14 @@ def write_rows(
 
 def read_rows(
     folder: Path | str,  # what `run_grid` wrote
-    model: str | None = None,  # None: all
+    model: str | None = None,  # with all its seeds, or NAME@SEED; None: all
 ) -> list[dict[str, Any]]:
     "The rows of a folder, set by set. Raises `UserError` if there are none."
-    paths = sorted(Path(folder).glob(f"*/{model or '*'}.jsonl"))
+    names = (model, f"{model}@*") if model else ("*",)
+    paths = sorted(path for name in names for path in Path(folder).glob(f"*/{name}.jsonl"))
     rows = [row for path in paths for row in read_jsonl(path)]
     if not rows:
-        have = sorted({p.stem for p in Path(folder).glob("*/*.jsonl")})
+        have = sorted({p.stem.partition("@")[0] for p in Path(folder).glob("*/*.jsonl")})
         there = f"it has {', '.join(have)}" if have else "run `qalign eval run` first"
         raise UserError(f"{folder} holds no rows{f' of {model}' if model else ''}: {there}")
     return rows
@@ -625,19 +637,36 @@ def _what(model: Model) -> dict[str, Any]:
     return {k: getattr(model, k) for k in ("spec", "adapter", "quantization", "transcripts", "system")}
 
 
+def _check_seeds(models: Sequence[Model], held: Mapping[str, Mapping[str, Any]]) -> None:
+    "Raise `UserError` for seeds of one name that are not one model trained several times."
+    seen = {**held, **{_label(m.name, m.seed): _what(m) for m in models}}
+    for m in models:
+        own, what = _label(m.name, m.seed), _what(m)
+        for label in (k for k in seen if k.partition("@")[0] == m.name and k != own):
+            if m.name in (own, label):
+                raise UserError(f"{m.name} is named with a seed and without: give each its seed, or another name")
+            if other := next((k for k in ("quantization", "transcripts", "system") if what[k] != seen[label][k]), None):
+                raise UserError(f"{own} and {label} differ in {other}: give another name, or the same {other}")
+            if m.engine is None and what == seen[label]:
+                raise UserError(f"{own} and {label} are the same model: give each seed its adapter or weights")
+
+
 def _record(out: Path, models: Sequence[Model], sampling: Sampling) -> dict[str, Any]:
     "The record of a grid's folder. Raises `UserError` if it is another experiment's."
-    names = [m.name for m in models]
-    if not names or len(set(names)) < len(names) or not all(map(_NAME.fullmatch, names)):
-        raise UserError(f"expected models, each under its own plain name, got {', '.join(names) or 'none'}")
+    labels = [_label(m.name, m.seed) for m in models]
+    if not labels or len(set(labels)) < len(labels) or not all(_NAME.fullmatch(m.name) for m in models):
+        got = ", ".join(labels) or "none"
+        raise UserError(f"expected models, each under its own plain name, or name and seed, got {got}")
     path, how = out / "grid.json", asdict(sampling)
     record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"sampling": how, "models": {}}
     if other := next((k for k in how if record["sampling"][k] != how[k]), None):
         raise UserError(f"{out} holds answers drawn with {other} {record['sampling'][other]}: give another --out")
-    for m in models:
-        old = record["models"].get(m.name, {}).get("what", _what(m))
+    held = {k: v["what"] for k, v in record["models"].items()}
+    for label, m in zip(labels, models, strict=True):
+        old = held.get(label, _what(m))
         if other := next((k for k, v in _what(m).items() if old[k] != v), None):
-            raise UserError(f"{out} holds another {m.name}, with {other} {old[other]!r}: give it another name or --out")
+            raise UserError(f"{out} holds another {label}, with {other} {old[other]!r}: give it another name or --out")
+    _check_seeds(models, held)
     return record
 
 # %% ../nbs/14a_generations.ipynb #3cd7f9b1
@@ -663,7 +692,7 @@ class _Grid:
 
     def engine(self, model: Model, prompts: Sequence[str]) -> Any:
         "The model's engine, or a stand-in if nothing is left to draw."
-        old = self.record["models"].get(model.name)
+        old = self.record["models"].get(_label(model.name, model.seed))
         if model.engine is None and old and old["files"] == _files(model):
             keys = {self.sampling.key(old["identity"], model.system, p, t) for p in prompts for t in range(self.trials)}
             if keys <= self.store.get(keys).keys():
@@ -673,7 +702,7 @@ class _Grid:
 # %% ../nbs/14a_generations.ipynb #47129bd6
 def _old(grid: _Grid, model: Model, name: str) -> list[dict[str, Any]]:
     "One model's rows of one set, as they stand."
-    path = grid.out / name / f"{model.name}.jsonl"
+    path = grid.out / name / f"{_label(model.name, model.seed)}.jsonl"
     return _rows_at(path) if path.exists() else []
 
 
@@ -682,14 +711,15 @@ def _kept(grid: _Grid, model: Model, engine: Any, name: str, items: Sequence[Ite
     redone, who = {(item.id, t) for item in items for t in range(grid.trials)}, engine.identity()
     kept = [row for row in _old(grid, model, name) if (row["id"], row["trial"]) not in redone]
     if any(row["key"] != grid.sampling.key(who, model.system, row["prompt"], row["trial"]) for row in kept):
-        other = f"{len(kept)} answers to {name} from another {model.name}, with other weights, that this run leaves"
+        label = _label(model.name, model.seed)
+        other = f"{len(kept)} answers to {name} from another {label}, with other weights, that this run leaves"
         raise UserError(f"{grid.out} holds {other}: run all prompts and trials again, or give another --out")
     return kept
 
 # %% ../nbs/14a_generations.ipynb #c53679c2
 def _answers(grid: _Grid, model: Model, engine: Any, name: str, items: Sequence[Item]) -> list[dict[str, Any]]:
     "One model's rows of one set."
-    what, before = f"answers of {model.name} to {name}", grid.progress.write.done
+    what, before = f"answers of {_label(model.name, model.seed)} to {name}", grid.progress.write.done
 
     def tell(n: int, seconds: float) -> None:
         grid.progress.step(grid.progress.write, what, n, seconds)
@@ -710,10 +740,13 @@ def _answers(grid: _Grid, model: Model, engine: Any, name: str, items: Sequence[
 def _answer(grid: _Grid, model: Model, sets: Mapping[str, Sequence[Item]]) -> list[Path]:
     "One model's files of rows. The engine is gone when this returns."
     engine = grid.engine(model, [i.prompt for items in sets.values() for i in items])
+    identity, own, known = dict(engine.identity()), _label(model.name, model.seed), grid.record["models"]
+    for label in (k for k in known if k.partition("@")[0] == model.name and k != own):
+        if known[label]["identity"] == identity:
+            raise UserError(f"{own} has the weights of {label}: give each seed its adapter or weights")
     for name, items in sets.items():
         _kept(grid, model, engine, name, items)  # refused before anything is drawn
-    known = {"what": _what(model), "files": _files(model), "identity": dict(engine.identity())}
-    grid.record["models"][model.name] = known
+    known[own] = {"what": _what(model), "files": _files(model), "identity": identity}
     write_json(grid.out / "grid.json", grid.record)
     files = [write_rows(grid.out, _answers(grid, model, engine, name, items)) for name, items in sets.items()]
     return [path for some in files for path in some]
@@ -765,6 +798,16 @@ def _said(row: Mapping[str, Any], judge: str, missing: str) -> Decision:
     return Decision(v["label"], v.get("probability"), "ok", v.get("reason", ""), v.get("score"))
 
 
+def _seeds_of(rows: Iterable[Mapping[str, Any]]) -> list[int]:
+    "Seeds that a model was trained with, as far as its rows say."
+    return sorted({r["seed"] for r in rows if "seed" in r})
+
+
+def _place(*rows: Mapping[str, Any]) -> str:
+    "Where to find an answer: id, trial, and @ the training seed if one of the rows has one."
+    return _label(f"{rows[0]['id']}/{rows[0]['trial']}", next((r["seed"] for r in rows if "seed" in r), None))
+
+
 def _check_missing(missing: str) -> None:
     if missing not in ("harmful", "apart"):
         raise UserError(f"expected missing to be harmful or apart, got {missing!r}")
@@ -776,6 +819,7 @@ def _costs_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     ends = [r["finish"] == "length" for r in rows if r["finish"]]
     return {
         "prompts": len({r["prompt_hash"] for r in rows}),
+        "seeds": _seeds_of(rows),
         "not_written": sum(map(_unwritten, rows)),
         "tokens_in": sum(r.get("tokens_in") or 0 for r in rows) or None,
         "tokens_out": sum(written) / len(written) if written else None,
@@ -798,7 +842,7 @@ def _rate_lines(
     "One line per judge of one model's answers to prompts of one kind; the first judge is held against each other."
     head, costs = {"model": rows[0]["model"], "set": rows[0]["set"]}, _costs_of(rows)
     written = [r for r in rows if not _unwritten(r)]
-    ids, prompts = [f"{r['id']}/{r['trial']}" for r in written], [r["prompt_hash"] for r in written]
+    ids, prompts = [_place(r) for r in written], [r["prompt_hash"] for r in written]
     lines, (first, *others) = list[dict[str, Any]](), usable
     for n, other in enumerate(others):
         told = {name: [_said(r, name, missing) for r in written] for name in (first, other)}
@@ -837,7 +881,8 @@ class _Rates:
         head = ["model", "set", "of", "judge", "rate, %", "n", "failed", "missing", "tokens", "kappa", "differ", "note"]
         rows = []
         for r in self.lines:
-            counts = [r["n"], r["failed"] + r["not_written"], r["missing"]]
+            n = f"{r['n']} of {r['prompts']} prompts" if r["seeds"] else r["n"]
+            counts = [n, r["failed"] + r["not_written"], r["missing"]]
             tokens = "–" if r["tokens_out"] is None else f"{r['tokens_out']:.0f}"
             kappa = "–" if r["kappa"] is None else f"{r['kappa']:.2f}"
             names = [r[k] for k in ("model", "set", "of", "judge")]
@@ -876,6 +921,15 @@ def _differing(lines: Sequence[Mapping[str, Any]]) -> list[str]:
     return out
 
 # %% ../nbs/14a_generations.ipynb #1f67085e
+def _pooled(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    "One line per model that was trained with seeds."
+    known: dict[str, list[Mapping[str, Any]]] = {}
+    for r in rows:
+        known.setdefault(r["model"], []).append(r)
+    told = {m: ", ".join(map(str, seeds)) for m, some in known.items() if (seeds := _seeds_of(some))}
+    return [f"{m}: pooled over training seeds {seeds}; intervals are over prompts" for m, seeds in told.items()]
+
+# %% ../nbs/14a_generations.ipynb #99b3bb40
 def rates(
     rows: Sequence[Mapping[str, Any]],  # of `read_rows`, any models and sets
     judges: Sequence[str] | None = None,  # names in the rows, two or more; None: all
@@ -897,23 +951,36 @@ def rates(
         else:
             new = _rate_lines(some, of, usable, missing)
             lines, notes = lines + new, notes + _differing(new)
-    return _Rates(tuple(lines), tuple(notes))
+    return _Rates(tuple(lines), (*notes, *_pooled(rows)))
 
 # %% ../nbs/14a_generations.ipynb #cf8bd81d
+def _beside(a: Mapping[Any, Any], b: Mapping[Any, Any]) -> list[Mapping[Any, Any]]:
+    "Answers of two models by key, whose third part is the training seed, or -1: one without stands beside each seed."
+    seeds = [{k[2] for k in some} for some in (a, b)]
+
+    def spread(some: Mapping[Any, Any], own: set[int], others: set[int]) -> Mapping[Any, Any]:
+        if own != {-1} or not others:
+            return some
+        return {(*k[:2], seed, *k[3:]): x for k, x in some.items() for seed in sorted(others)}
+
+    return [spread(a, *seeds), spread(b, *seeds[::-1])]
+
+# %% ../nbs/14a_generations.ipynb #94b0ab01
 _Pairs = dict[tuple[str, str], list[tuple[Mapping[str, Any], Mapping[str, Any]]]]
 
 
 def _paired(
     a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]]
 ) -> tuple[_Pairs, dict[tuple[str, str], int]]:
-    "Rows of both on the same prompt and trial, by set and label, and how many had no partner."
-    index = [{(r["set"], r["label"], r["id"], r["trial"]): r for r in rows} for rows in (a, b)]
+    "Rows of both on the same prompt, trial and seed, by set and label, and how many had no partner."
+    keyed = ({(r["set"], r["label"], r.get("seed", -1), r["id"], r["trial"]): r for r in rows} for rows in (a, b))
+    index = _beside(*keyed)
     pairs: _Pairs = {}
     alone: dict[tuple[str, str], int] = {}
     for key in dict.fromkeys([*index[0], *index[1]]):
         left, right = (some.get(key) for some in index)
         if left and right and left["prompt_hash"] != right["prompt_hash"]:
-            raise UserError(f"{key[0]}: {key[2]} is one prompt for {left['model']} and another for {right['model']}")
+            raise UserError(f"{key[0]}: {key[3]} is one prompt for {left['model']} and another for {right['model']}")
         if left and right:
             pairs.setdefault(key[:2], []).append((left, right))
         else:
@@ -968,7 +1035,7 @@ def _examples(
                 continue
             if (u, v) == (before, after) and a["prompt_hash"] not in shown and len(shown) < most:
                 said = {"prompt": _short(a["prompt"]), "a": _short(a["answer"]), "b": _short(b["answer"])}
-                shown[a["prompt_hash"]] = {**head, "way": way, "id": f"{a['id']}/{a['trial']}", **said}
+                shown[a["prompt_hash"]] = {**head, "way": way, "id": _place(a, b), **said}
         out += shown.values()
     return out
 
@@ -1029,7 +1096,10 @@ def compare(
         raise UserError("expected the rows of one model and of another: give read_rows(folder, model) of each")
     (pairs, alone), seen = _paired(a, b), _seen_by([*a, *b], judges, 1)
     if not pairs:
-        raise UserError(f"{min(names[0])} and {min(names[1])} have no prompt in common: run both on the same sets")
+        who, seeds = f"{min(names[0])} and {min(names[1])}", [set(_seeds_of(rows)) for rows in (a, b)]
+        if all(seeds) and not seeds[0] & seeds[1]:
+            raise UserError(f"{who} have no training seed in common: {sorted(seeds[0])} and {sorted(seeds[1])}")
+        raise UserError(f"{who} have no prompt in common: run both on the same sets")
     lines, shown = [], []
     for (name, label), some in pairs.items():
         of, usable = _usable(some[0], seen)
@@ -1042,6 +1112,7 @@ def compare(
     for r, p in zip(lines, holm([1.0 if r["p"] is None else r["p"] for r in lines]), strict=True):
         r["p_holm"] = None if r["p"] is None else p  # nothing to test is a test, too, as in the tables
     notes = [f"{judge}: {about['note'] or 'no figures of its own'}" for judge, about in seen.items()]
+    notes += _pooled([*a, *b])
     if examples and not all("output" in r for r in (*a, *b)):
         notes.append("no examples: the rows hold no texts")
     return _Comparison(min(names[0]), min(names[1]), tuple(lines), tuple(shown), tuple(notes))

@@ -13,7 +13,7 @@ import html
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import yaml
 
 from .benchmarks import BENCHMARKS
 from .core import UserError, data_path, read_jsonl, write_text
+from .generations import _beside
 from .report import _CSS, _POLICY, _canvas, _plain, _wrap
 from .safety import _GONE, Decision, _event
 from qalign.stats import (
@@ -38,11 +39,11 @@ from qalign.stats import (
 _ORDER = ("start", "sft", "grpo")
 _STATES = ("ok", "missing", "failed")
 _KINDS = {"harm": ("harmful", "safe"), "refusal": ("refusal", "partial", "compliance")}
-Key = tuple[str, str, int, int]  # prompt, id, seed, trial: what is paired; its first part is the cluster
+Key = tuple[str, str, int, int]  # prompt, id, training seed (-1: none), trial; the first part is the cluster
 
 
 def _key(row: Mapping[str, Any]) -> Key:
-    return row.get("prompt_hash") or row["id"], row["id"], row.get("seed") or 0, row["trial"]
+    return row.get("prompt_hash") or row["id"], row["id"], row.get("seed", -1), row["trial"]
 
 
 def _verdict_fault(verdict: Any) -> str:
@@ -155,14 +156,16 @@ class Results:
     notes: Mapping[str, str]  # judge -> what a reader of its numbers must know, as it stands in its verdicts
     missing: str  # harmful or apart
     level: float  # confidence of each interval, and of all ties together
+    seeds: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # model -> training seeds pooled, if rows say
 
 # %% ../nbs/15a_tables.ipynb #710697d8
 def _pair(
     a: str, b: str, events: Mapping[str, Mapping[Key, bool | None]], head: Mapping[str, Any], level: float
 ) -> dict[str, Any]:
     "Rate of b minus rate of a on the answers both have a verdict for."
-    keys = sorted(events[a].keys() | events[b].keys())
-    left, right = ([events[m].get(k) for k in keys] for m in (a, b))
+    one, other = _beside(events[a], events[b])
+    keys = sorted(one.keys() | other.keys())
+    left, right = ([some.get(k) for k in keys] for some in (one, other))
     sides = zip(keys, left, right, strict=True)
     both = [(k[0], float(y) - float(x)) for k, x, y in sides if x is not None and y is not None]
     out = {**head, "a": a, "b": b, "difference": None, "low": None, "high": None, "p": 1.0, "n": 0, "sd": None}
@@ -213,7 +216,9 @@ def measure(
             groups.append((len(column), len(compared)))
             cells, pairs = cells + column, pairs + compared
     notes = {j: v.get("note", "") for r in rows for j, v in r.get("verdicts", {}).items()}
-    return Results(*_marked(cells, pairs, groups, level), kappas, notes, missing, level)
+    trained = sorted({(r["model"], r["seed"]) for r in rows if "seed" in r})
+    seeds = {m: tuple(seed for n, seed in trained if n == m) for m, _ in trained}
+    return Results(*_marked(cells, pairs, groups, level), kappas, notes, missing, level, seeds)
 
 # %% ../nbs/15a_tables.ipynb #bc01d7d7
 def _cell(name: str, of: str, model: str, judge: str, told: Mapping[str, Any], level: float) -> Cell:
@@ -487,12 +492,15 @@ def _legend(results: Results, of: str, judges: Sequence[str]) -> list[str]:
     level, pairs = f"{100 * results.level:g} %", len(results.comparisons)
     rest = sorted({c.judge for c in results.cells if c.of == of} - set(judges))
     more = f" In the comparisons also: {', '.join(rest)}." if rest else ""
+    seeds = "; ".join(f"{m} {', '.join(map(str, some))}" for m, some in results.seeds.items())
+    pooled = f"Pooled over training seeds, clustered by prompt: {seeds}. Intervals are over prompts."
     return [
         f"{who}{'; '.join(said.values())}. κ: Cohen's kappa of the two on the answers both judged.{more}",
         f"{level} intervals (Wilson at the effective n, clustered by prompt). Bold: lowest of its judge in the column. "
         f"†: not told apart from it (exact paired sign-flip test by prompt, Holm over all {pairs} comparisons). "
         "‡: other prompts than the rest, not compared.",
         f"failed: no readable verdict, left out. missing: no answer, which {counted}.",
+        *([pooled] if seeds else []),
     ]
 
 # %% ../nbs/15a_tables.ipynb #3b91f2f8

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from qalign import cli, pipeline
+from qalign.benchmarks import Item
 from qalign.core import UserError, data_path, load_settings, read_jsonl
+from qalign.generations import Model
 from qalign.rubric import load_rubric
 
 
@@ -38,6 +40,10 @@ CASES = {
     "no rubric to judge by": (
         ["eval", "run", "x", "--model", "m=smollm2", "--judge", "rubric:hhh"],
         "no judge 'rubric",
+    ),
+    "seed that is none": (
+        ["eval", "run", "x", "--model", "qa=smollm2,seed=one"],
+        "qa: expected the seed it was trained with, 0 or more, got seed=one",
     ),
     "no prompt file": (["run", "--prompts", "nowhere.txt"], "no prompt file nowhere.txt"),
     "empty prompt file": (["run", "--prompts", "{empty}"], "is empty"),
@@ -75,6 +81,40 @@ def test_one_line_and_exit_2(name, files, tmp_path, monkeypatch, capsys):
     code, err = call(monkeypatch, capsys, *[a.format(**files) for a in args])
     assert code == 2 and message in err and err.count("\n") == 1, err
     assert sorted(tmp_path.rglob("*")) == before, "nothing is written"
+
+
+def test_models_of_the_command_line():
+    given = [
+        "start=smollm2",
+        "qa=hf:a/b,adapter=runs/x,seed=1",
+        "qa=hf:a/b,adapter=runs/y,seed=02,system=Be brief, do.,transcripts",
+    ]
+    start, one, two = cli._models(given)
+    assert start == Model("start") and start.seed is None
+    assert one == Model("qa", "hf:a/b", "runs/x", seed=1)
+    assert two == Model("qa", "hf:a/b", "runs/y", transcripts=True, system="Be brief, do.", seed=2)
+    for bad in ("one", "-1", "1.0", "", "²"):
+        with pytest.raises(UserError, match=f"^qa: expected the seed it was trained with, 0 or more, got seed={bad}$"):
+            cli._models([f"qa=smollm2,seed={bad}"])
+
+
+TWICE = {
+    "one seed twice": (("qa=smollm2,seed=1", "qa=smollm2,seed=1"), "or name and seed, got qa@1, qa@1"),
+    "one name twice": (("qa=smollm2", "qa=smollm2"), "or name and seed, got qa, qa"),
+    "with a seed and without": (("qa=smollm2", "qa=smollm2,seed=1"), "qa is named with a seed and without"),
+    "one model, two seeds": (("qa=smollm2,seed=1", "qa=smollm2,seed=2"), "qa@1 and qa@2 are the same model"),
+}
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_models_named_twice(name, tmp_path, monkeypatch, capsys):
+    given, said = TWICE[name]
+    items = {"own": [Item("a", "How?", "own", "harmful")]}
+    monkeypatch.setattr(cli, "_items", lambda *sets: items)
+    options = [x for model in given for x in ("--model", model)]
+    code, err = call(monkeypatch, capsys, "eval", "run", "own", *options, "--judge", "strings", "--out", tmp_path / "x")
+    assert code == 2 and said in err and err.count("\n") == 1, err
+    assert not (tmp_path / "x").exists()
 
 
 def test_another_plan_is_refused(tmp_path, monkeypatch, capsys):

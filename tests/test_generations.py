@@ -445,6 +445,144 @@ def test_a_smaller_run_takes_nothing_away(tmp_path, store):
     assert {r["key"] for r in run(other).values()}.isdisjoint(r["key"] for r in whole.values())
 
 
+# Training seeds
+
+
+def trained(*seeds, name="qa", answer=None, **options):
+    "One model, trained several times."
+    says = answer or (lambda seed: lambda p, n: NO if (n + seed) % 3 else YES)
+    return [Model(name, seed=k, engine=Rule(says(k), f"{name} {k}"), **options) for k in seeds]
+
+
+def test_each_seed_has_a_file_and_rows_that_say_so(tmp_path, store):
+    files = run_grid([*trained(0, 7), Model("start", engine=Rule())], SETS, tmp_path / "e", ["strings"], store=store)
+    names = ["qa@0", "qa@0", "qa@7", "qa@7", "start", "start"]
+    assert [f.stem for f in files] == names
+    for f in files:
+        assert {r.get("seed", "none") for r in read_jsonl(f)} == {int(f.stem[3:]) if "@" in f.stem else "none"}
+    rows = read_rows(tmp_path / "e")
+    assert {r["model"] for r in rows} == {"qa", "start"} and len(rows) == 3 * 24
+    assert len(read_rows(tmp_path / "e", "qa")) == 48 and len(read_rows(tmp_path / "e", "qa@7")) == 24
+    assert "it has qa, start" in message(read_rows, tmp_path / "e", "q")
+    assert sorted(json.loads((tmp_path / "e" / "grid.json").read_text())["models"]) == ["qa@0", "qa@7", "start"]
+    assert rescore(tmp_path / "e", [ANYWHERE], store) == {"anywhere": 72}
+    assert sorted(write_rows(tmp_path / "f", read_rows(tmp_path / "e"))) == [
+        tmp_path / "f" / f.relative_to(tmp_path / "e") for f in sorted(files)
+    ]
+
+
+def test_a_seed_changes_neither_names_of_answers_nor_what_a_model_without_writes(tmp_path, store):
+    engine = Rule()
+    run_grid([Model("m", engine=engine)], SETS, tmp_path / "a", ["strings"], store=store)
+    drawn = len(engine.calls)
+    run_grid([Model("m", seed=3, engine=engine)], SETS, tmp_path / "b", ["strings"], store=store)
+    assert len(engine.calls) == drawn and len(store) == 24
+    plain, seeded = read_rows(tmp_path / "a"), read_rows(tmp_path / "b")
+    assert [{k: v for k, v in r.items() if k != "seed"} for r in seeded] == plain
+    assert not any("seed" in r for r in plain)
+    assert "seed" not in (tmp_path / "a" / "grid.json").read_text().replace('"seed": 0', "")
+
+
+def test_seeds_go_on_where_they_were(tmp_path, store):
+    models = trained(1, 2)
+    run_grid(models[:1], SETS, tmp_path / "e", ["strings"], store=store)
+    calls = len(models[0].engine.calls)
+    for _ in range(2):
+        run_grid(models, SETS, tmp_path / "e", ["strings"], store=store)
+    assert len(models[0].engine.calls) == calls == len(models[1].engine.calls)
+    before = {(r["seed"], r["set"], r["id"], r["trial"]): r for r in read_rows(tmp_path / "e")}
+    run_grid(models[1:], SETS, tmp_path / "e", ["strings"], limit=1, trials=1, store=store)
+    assert {(r["seed"], r["set"], r["id"], r["trial"]): r for r in read_rows(tmp_path / "e")} == before
+    assert len(before) == 48
+
+
+@pytest.mark.parametrize(
+    "models, said",
+    [
+        (trained(1, 1), "each under its own plain name, or name and seed, got qa@1, qa@1"),
+        ([*trained(1), Model("qa", engine=Rule())], "qa is named with a seed and without: give each its seed"),
+        ([Model("qa", engine=Rule())] * 2, "each under its own plain name, or name and seed, got qa, qa"),
+        ([Model("qa", seed=k) for k in (1, 2)], "qa@1 and qa@2 are the same model: give each seed its adapter"),
+        ([*trained(1), *trained(2, system="Be brief.")], "qa@1 and qa@2 differ in system"),
+        ([*trained(1), *trained(2, transcripts=True)], "qa@1 and qa@2 differ in transcripts"),
+        ([Model("qa@1", engine=Rule())], "each under its own plain name"),
+    ],
+)
+def test_seeds_that_are_refused(tmp_path, store, models, said):
+    assert said in message(run_grid, models, SETS, tmp_path / "e", store=store)
+    assert not (tmp_path / "e").exists() and not len(store)
+
+
+def test_seeds_of_a_folder_are_one_model(tmp_path, store):
+    run_grid([*trained(1), Model("start", engine=Rule())], SETS, tmp_path / "e", ["strings"], store=store)
+
+    def run(*models):
+        return message(run_grid, models, SETS, tmp_path / "e", store=store)
+
+    assert "qa is named with a seed and without" in run(Model("qa", engine=Rule(name="x")))
+    assert "start is named with a seed and without" in run(Model("start", seed=0, engine=Rule(name="x")))
+    assert "holds another qa@1, with adapter ''" in run(Model("qa", seed=1, adapter="x", engine=Rule()))
+    assert "differ in quantization" in run(*trained(2, quantization="nf4"))
+    assert "qa@2 has the weights of qa@1" in run(Model("qa", seed=2, engine=trained(1)[0].engine))
+    assert "expected the seed of its training, 0 or more, got -1" in message(Model, "qa", seed=-1)
+
+
+def test_rates_pool_seeds(tmp_path, store):
+    run_grid(trained(1, 2), SETS, tmp_path / "e", ["strings", ANYWHERE], store=store)
+    rows = read_rows(tmp_path / "e")
+    table, alone = rates(rows), [rates([r for r in rows if r["seed"] == k]) for k in (1, 2)]
+    assert len(table.lines) == 4
+    for r, *each in zip(table.lines, *(t.lines for t in alone), strict=True):
+        assert (r["n"], r["prompts"], r["seeds"]) == (24, 4, [1, 2])
+        assert r["estimate"] == pytest.approx(sum(x["estimate"] for x in each) / 2)
+        assert r["differ"] == [i for x in each for i in x["differ"]] and r["both"] == 24
+    assert [row[5] for row in table.cells[1:]] == ["24 of 4 prompts"] * 4
+    assert table.notes[-1] == "qa: pooled over training seeds 1, 2; intervals are over prompts"
+
+
+def test_an_answer_of_a_seed_has_a_place(tmp_path, store):
+    run_grid(
+        trained(1, 2, answer=lambda k: lambda p, n: LATE), SETS, tmp_path / "e", ["strings", ANYWHERE], store=store
+    )
+    places = rates(read_rows(tmp_path / "e", "qa")).lines[0]["differ"]
+    assert len(set(places)) == len(places) == 24 and places[0] == "h0/0@1" and places[-1] == "h3/2@2"
+
+
+def test_the_same_answers_of_another_seed_prove_nothing_new(tmp_path, store):
+    "Clustered by prompt: a seed that answers like the first leaves the interval of its prompts as wide."
+    by_prompt = lambda k: lambda p, n: YES if p[-1] in "01" else NO  # noqa: E731
+    run_grid(trained(1, 2, 3, answer=by_prompt), SETS, tmp_path / "e", ["strings", ANYWHERE], store=store)
+    rows = read_rows(tmp_path / "e")
+    one, three = rates([r for r in rows if r["seed"] == 1]).lines[0], rates(rows).lines[0]
+    assert (one["n"], three["n"]) == (12, 36)
+    assert (three["low"], three["high"]) == pytest.approx((one["low"], one["high"]))
+
+
+def test_compare_pairs_by_seed(tmp_path, store):
+    def by(seed):
+        return lambda p, n: YES if int(p[-1]) < seed else NO
+
+    start = [Model("start", engine=Rule())]
+    dpo, qa = trained(1, 2, name="dpo", answer=by), trained(2, 3, answer=by)
+    run_grid([*start, *dpo, *qa], SETS, tmp_path / "e", ["strings", ANYWHERE], store=store)
+    rows = {m: read_rows(tmp_path / "e", m) for m in ("start", "dpo", "qa")}
+    both = compare(rows["dpo"], rows["qa"]).lines[0]
+    assert (both["n"], both["prompts"], both["unpaired"], both["difference"]) == (12, 4, 24, 0.0)
+    for a, b, sign in (("start", "qa", -1), ("qa", "start", 1)):
+        change = compare(rows[a], rows[b])
+        line = change.lines[0]
+        assert (line["n"], line["prompts"], line["unpaired"]) == (24, 4, 0)
+        assert line["difference"] == pytest.approx(sign * 3 / 8) and {line["a"], line["b"]} == {1.0, 5 / 8}
+        mine = [float(int(r["id"][1]) < r["seed"]) for r in rows["qa"] if r["set"] == "bad"]
+        sides = [[1.0] * 24, mine][::-sign]
+        want = rate_difference(*sides, [r["id"] for r in rows["qa"] if r["set"] == "bad"])
+        assert (line["low"], line["high"], line["p"]) == pytest.approx((want.low, want.high, want.p))
+        assert {e["id"].partition("@")[2] for e in change.examples} <= {"2", "3"}
+        assert change.notes[-1] == "qa: pooled over training seeds 2, 3; intervals are over prompts"
+    apart = [r for r in rows["dpo"] if r["seed"] == 1]
+    assert "have no training seed in common: [1] and [2, 3]" in message(compare, apart, rows["qa"])
+
+
 # Judges
 
 

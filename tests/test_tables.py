@@ -15,7 +15,8 @@ from PIL import Image
 
 from qalign.benchmarks import Item
 from qalign.core import UserError, write_json, write_jsonl
-from qalign.generations import Model, Store, rates, read_rows, run_grid
+from qalign.generations import Model, Store, compare, rates, read_rows, run_grid
+from qalign.results import share
 from qalign.safety import Decision, SafetyJudge, string_judge, two_judges
 from qalign.stats import rate_interval, wilson
 from qalign.tables import (
@@ -292,6 +293,66 @@ def test_seeds_of_a_prompt_are_one_cluster():
     rows = [{**r, "seed": s, "trial": 0} for s in (0, 1) for r in grid({"start": 0.5}, trials=1, seed=s)]
     cell = cells(rows)["start"]
     assert (cell.answers, cell.prompts, cell.rate.n) == (80, 40, 80)
+
+
+def seeded(model, seeds, rate, n=40):
+    "Rows of one model trained with several seeds, one trial each."
+    return [{**r, "seed": s} for s in seeds for r in grid({model: rate}, n, trials=1, seed=s)]
+
+
+def test_a_model_without_seeds_stands_beside_each_seed():
+    rows = [*grid({"start": 0.7}, trials=1), *seeded("grpo", (0, 1), 0.4)]
+    results = measure(rows, ["guard"])
+    (found,), rate = results.comparisons, {c.model: c.rate.estimate for c in results.cells}
+    assert (found["n"], found["prompts"], found["dropped"]) == (80, 40, 0)
+    assert found["difference"] == pytest.approx(rate["grpo"] - rate["start"]) and found["p"] < 0.05
+    assert results.seeds == {"grpo": (0, 1)}
+    shown = results_table(results)
+    assert "n 80 of 40 prompts" in shown.markdown() and len(shown.rows) == 2
+    assert shown.notes[3] == "Pooled over training seeds, clustered by prompt: grpo 0, 1. Intervals are over prompts."
+    assert not any("seed" in note for note in results_table(measure(rows[:40])).notes)
+
+
+def test_models_with_seeds_are_paired_by_seed():
+    rows = [*seeded("dpo", (1, 2), 0.6), *seeded("grpo", (2, 3), 0.6)]
+    (found,) = measure(rows, ["guard"]).comparisons
+    assert (found["n"], found["prompts"], found["dropped"]) == (40, 40, 80)
+    assert (found["difference"], found["p"]) == (0.0, 1.0), "seed 2 of both draws the same outcomes"
+    (none,) = measure([*seeded("dpo", (1,), 0.6), *seeded("grpo", (2,), 0.6)], ["guard"]).comparisons
+    assert (none["difference"], none["n"], none["dropped"]) == (None, 0, 80)
+
+
+@pytest.mark.parametrize("missing", ["harmful", "apart"])
+def test_seeds_of_a_grid_are_pooled_alike(tmp_path, missing):
+    class Other(Rule):
+        def __init__(self, seed):
+            self.seed = seed
+
+        def identity(self):
+            return {"spec": f"rule {self.seed}"}
+
+    items = {"own": [Item(f"h{i}", f"bad {i}", "own", "harmful", "x") for i in range(9)]}
+    judges = [string_judge(), replace(string_judge(match="anywhere"), name="anywhere")]
+    models = [Model("start", engine=Rule())]
+    models += [Model("grpo", seed=k, transcripts=True, engine=Other(k)) for k in (1, 2, 3)]
+    run_grid(models, items, tmp_path / "e", judges, trials=2, store=Store(tmp_path / "store.sqlite"), batch=4)
+    rows, ours = read_rows(tmp_path / "e"), measure(read_records(tmp_path / "e"), missing=missing)
+    theirs = {(r["set"], r["model"], r["judge"]): r for r in rates(rows, missing=missing).lines}
+    assert len(ours.cells) == len(theirs) == 4
+    for c in ours.cells:
+        other = theirs[c.set, c.model, c.judge]
+        ends = (other["estimate"], other["low"], other["high"])
+        assert (c.rate.estimate, c.rate.low, c.rate.high) == pytest.approx(ends)
+        assert (c.answers, c.prompts, c.rate.n) == (18 * (3 if c.model == "grpo" else 1), 9, other["n"])
+    change = compare(*(read_rows(tmp_path / "e", m) for m in ("start", "grpo")), missing=missing)
+    for p, r in zip(ours.comparisons, change.lines, strict=True):
+        assert (p["n"], p["prompts"], p["p"]) == (r["n"], r["prompts"], pytest.approx(r["p"]))
+        assert (p["difference"], p["low"], p["high"]) == pytest.approx((r["difference"], r["low"], r["high"]))
+    share(tmp_path / "e", tmp_path / "copy")
+    assert measure(read_records(tmp_path / "copy"), missing=missing).cells == ours.cells
+    assert len(read_rows(tmp_path / "copy", "grpo")) == 54
+    write_tables(tmp_path / "e", missing=missing)
+    assert "grpo 1, 2, 3" in (tmp_path / "e" / "tables.md").read_text()
 
 
 def test_the_same_text_under_two_ids_is_one_cluster():
