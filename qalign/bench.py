@@ -27,7 +27,7 @@ from typing import Any
 # %% ../nbs/06d_bench.ipynb #630100e1
 from .core import UserError, append_jsonl, content_hash, data_path, installed, read_jsonl, write_json
 from .engine import HFEngine, embedded_model, load_engine
-from .judge import LABELS, SYSTEM, Judge, judge_prefix, judge_suffix
+from .judge import LABELS, SYSTEM, Judge, judge_lead, judge_prefix, judge_suffix
 from .rubric import Question, Rubric, load_rubric
 from .server import LabelTree
 
@@ -386,7 +386,20 @@ def _judged(
             say(f"{ROWS[row]}, run {attempt} of {repeats}: {took:.1f} s{note}")
     out = {"responses": len(pairs), "asked": sum(v.status != "failed" for c in cards for v in c.verdicts)}
     out |= {"settled": len(pairs) * len(rubric.questions), "seconds": seconds, "tokens": sum(c.tokens for c in cards)}
+    out |= _once(engine, rubric, repeats) if row == "rubric_first" else {}
     return out | {"beside": beside or seconds, "beside_tokens": read or out["tokens"]}, cards
+
+
+def _once(engine: HFEngine, rubric: Rubric, repeats: int) -> dict[str, Any]:
+    "Seconds and tokens of reading all questions in front of the responses."
+    head, _ = engine.frame(SYSTEM)
+    leads = [judge_lead(q) for q in rubric.questions]
+    seconds, tokens = [], 0
+    for _ in range(repeats):
+        engine.kept = None
+        took, tokens = _timed(engine, partial(engine.read_leads, (head, True), leads))
+        seconds.append(took)
+    return {"once_seconds": seconds, "once_tokens": tokens}
 
 
 def _compare(cards: Sequence[Any], folder: Path) -> dict[str, Any]:
@@ -462,11 +475,12 @@ def bench_table(
     out = []
     for name, title in ROWS.items():
         r = record["rows"].get(name)
-        keys = ("responses", "asked", "settled", "tokens", "same_label", "difference", "peak_share")
+        keys = ("responses", "asked", "settled", "tokens", "once_tokens", "same_label", "difference", "peak_share")
         row: dict[str, Any] = {"row": title, "measured": r is not None, **{k: r.get(k) if r else None for k in keys}}
         row |= dict.fromkeys(
             (
                 "seconds",
+                "once_seconds",
                 "questions_per_s",
                 "settled_per_s",
                 "times_one_pass",
@@ -479,6 +493,7 @@ def bench_table(
         if r:
             row["seconds"] = seconds = statistics.median(r["seconds"])
             row |= {"questions_per_s": r["asked"] / seconds, "settled_per_s": r["settled"] / seconds}
+            row["once_seconds"] = statistics.median(r["once_seconds"]) if "once_seconds" in r else None
         if r:
             row["times_one_pass"] = statistics.median(b / s for b, s in zip(r["beside"], r["seconds"], strict=True))
         if r and base:
@@ -725,6 +740,7 @@ def run_bench(
     repeats: int = 3,  # timed runs per row
     chunk: int = 24,  # questions per forward pass
     parts: Sequence[str] = ("judge", "scaling", "memory"),
+    rows: Sequence[str] = (),  # of part judge, names in ROWS; () = all this engine can
     say: Callable[[str], None] = lambda line: None,  # progress
 ) -> dict[str, Any]:
     "Measure what is missing in the record and return it; `bench_table` makes its table."
@@ -735,7 +751,7 @@ def run_bench(
     record = _open(folder, _plan(engine, rubric, pairs, chunk))
     if "judge" in parts:
         same = None if isinstance(engine, HFEngine) else _load(spec.removeprefix("vllm:"), quantization)
-        bench_judge(engine, rubric, pairs, folder, (), repeats, baseline_responses, chunk, say=say, yardstick=same)
+        bench_judge(engine, rubric, pairs, folder, rows, repeats, baseline_responses, chunk, say=say, yardstick=same)
     if isinstance(engine, HFEngine):
         record = json.loads((folder / "bench.json").read_text(encoding="utf-8"))
         if "scaling" in parts and "scaling" not in record:

@@ -781,12 +781,17 @@ def bench_judge(
     out: Annotated[Path, typer.Option(help="the record; the same command goes on")] = Path("runs/bench-judge"),
     responses: Annotated[int, typer.Option(help="responses judged")] = 12,
     baseline: Annotated[int, typer.Option(help="responses the slow baseline answers; 0 = all")] = 0,
+    rows: Annotated[str, typer.Option(help="rows by comma, without scaling and memory; all if not given")] = "",
+    repeats: Annotated[int, typer.Option(help="timed runs per row", min=1)] = 3,
 ) -> None:
     "Questions per second of the judge in each way of asking, against one call a question; memory and scaling."
     from qalign.bench import bench_table, run_bench
 
-    record = run_bench(engine, quantization, out, responses=responses, baseline_responses=baseline, say=typer.echo)
-    _print_rows(bench_table(record))
+    some: dict[str, Any] = {"rows": rows.split(","), "parts": ("judge",)} if rows else {}
+    some |= {"responses": responses, "baseline_responses": baseline, "repeats": repeats}
+    record = run_bench(engine, quantization, out, **some, say=typer.echo)
+    shown = ("row", "seconds", "questions_per_s", "times_one_pass", "ratio", "reached", "same_label", "difference")
+    _print_rows([{k: row[k] for k in shown} for row in bench_table(record) if row["measured"]])
     typer.echo(f"{out} holds the record")
 
 # %% ../nbs/19_cli.ipynb #c1d7d23e

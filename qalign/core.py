@@ -90,7 +90,8 @@ class Settings:
         choices=("direct", "reasoned"),
     )
     judge_layout: str = _key(
-        "response_first: every question branches off the response; rubric_first: the questions stand before it",
+        "response_first: every question branches off the response; rubric_first: each is read once per run, in front "
+        "of the response, which is read without it; for a judge in this process",
         choices=("response_first", "rubric_first"),
     )
     judge_cache: str = _key(

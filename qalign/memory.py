@@ -22,6 +22,7 @@ from typing import Any
 # %% ../nbs/11_memory.ipynb #e1e3c22d
 from .core import Settings, UserError
 from .engine import quiet, unpacked
+from .rubric import load_rubric, select
 
 # %% ../nbs/11_memory.ipynb #f0c7f292
 _NAMES = (
@@ -398,6 +399,7 @@ _GB = 10**9
 _CONTEXT = 600_000_000  # bytes: CUDA context with the kernels of torch and bitsandbytes, cuBLAS workspace
 _FRAGMENTS = 0.05  # of what is not weights: what the allocator holds in pieces too small to be used
 _FRAME, _QUESTION = 160, 40  # tokens of the judge's frame, of one question with what follows it; upper bounds for hhh
+_LEAD = 24  # tokens of a question by itself, in the mean; upper bound for hhh
 _OPTIMIZERS = ("adamw_torch", "paged_adamw_8bit")
 
 
@@ -552,11 +554,21 @@ def _state(z: _Shape) -> int:
     return sum(2 * (n + 4 * -(-n // 256)) if n >= 4096 else 8 * n for n in sizes)
 
 
+def _questions(settings: Settings) -> int:
+    "Questions of the rubric that a run asks."
+    rubric = load_rubric(settings.rubric)
+    part = select(rubric, dimensions=settings.dimensions, per_dimension=4) if settings.dimensions else rubric
+    return len(part.questions)
+
+
 def _resident(z: _Shape) -> list[_Term]:
     formula = "2 a p" if z.o["optimizer"] == "adamw_torch" else "2 p + 8 p/256 (matrices under 4096 elements: 8 p)"
     terms = [*_weights(z), _Term("adapter", z.a * z.p, "a p", "counted")]
     if z.s.kl > 0:
         terms.append(_Term("reference adapter", 4 * z.p, "4 p", "counted"))
+    if z.s.judge_layout == "rubric_first" and z.s.judge.partition(":")[0] in ("self", "tuned"):
+        tokens = _FRAME + _LEAD * _questions(z.s)
+        terms.append(_Term("questions read", z.layers * z.kv * tokens, "2 w L k d (160 + 24 q)", "counted"))
     return [*terms, _Term("optimizer state", _state(z), formula, "counted")]
 
 # %% ../nbs/11_memory.ipynb #076f6cf7

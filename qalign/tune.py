@@ -187,18 +187,17 @@ def _forward(model: Any, head: list[int], trees: Sequence[_Branch]) -> tuple[Any
     "Log-probabilities at the positions that are read, and per tree its label paths on them."
     import torch
 
-    tokens, depths, sees, reads, paths = _pack(trees)
-    n, device = len(head), model.device
-    mask = torch.ones(n + len(tokens), n + len(tokens), dtype=torch.bool).tril()
-    mask[n:, n:] = sees
+    row, n, device = _pack(trees), len(head), model.device
+    mask = torch.ones(n + len(row.tokens), n + len(row.tokens), dtype=torch.bool).tril()
+    mask[n:, n:] = row.sees
     logits = model(
-        input_ids=torch.tensor([head + tokens], device=device),
-        position_ids=torch.tensor([[*range(n), *(n + d for d in depths)]], device=device),
+        input_ids=torch.tensor([head + row.tokens], device=device),
+        position_ids=torch.tensor([[*range(n), *(n + d for d in row.depths)]], device=device),
         attention_mask=mask.to(device)[None, None],
         use_cache=False,
-        logits_to_keep=torch.tensor([n + i for i in reads], device=device),
+        logits_to_keep=torch.tensor([n + i for i in row.reads], device=device),
     ).logits[0]
-    return logits.float().log_softmax(-1), paths
+    return logits.float().log_softmax(-1), row.paths
 
 # %% ../nbs/06b_tune.ipynb #62d4a500
 @dataclass(frozen=True)

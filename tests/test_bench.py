@@ -30,7 +30,7 @@ from qalign.bench import (
 )
 from qalign.core import UserError, read_jsonl
 from qalign.engine import HFEngine, Usage
-from qalign.judge import LABELS, SYSTEM, judge_prefix, judge_suffix
+from qalign.judge import LABELS, SYSTEM, judge_lead, judge_prefix, judge_suffix
 from qalign.rubric import Rubric, load_rubric, select
 
 RUBRIC = load_rubric("hhh")
@@ -156,6 +156,24 @@ def test_rows_agree_with_the_baseline(record: dict[str, Any]) -> None:
     n = 3 * len(TINY.questions)
     assert table["one_pass"]["asked"] == table["rubric_first"]["asked"] == n
     assert record["rows"]["one_pass"]["compared"] == n
+
+
+def test_rubric_first_is_timed_with_its_questions_read(engine: HFEngine, pairs: Any, record: dict[str, Any]) -> None:
+    head, tail = engine.frame(SYSTEM)
+    leads = [engine.tokens([(judge_lead(q), True)]) for q in TINY.questions]
+    row = record["rows"]["rubric_first"]
+    assert (
+        row["once_tokens"] == len(engine.tokens([(head, True)])) + sum(map(len, leads))
+        and len(row["once_seconds"]) == 1
+    )
+    own = sum(len(engine.tokens([*judge_prefix("", *pair), (tail, True)])) - 1 for pair in pairs)
+    labels = sum(4 if q.kind == "gate" else 1 for q in TINY.questions)  # the last token of the header, and T, F, FAL
+    assert row["tokens"] <= own + 3 * labels < row["beside_tokens"]  # less what prompts share
+    table = dict(zip(ROWS, bench_table(record), strict=True))
+    assert (
+        table["rubric_first"]["once_seconds"] == row["once_seconds"][0] > 0
+        and table["one_pass"]["once_seconds"] is None
+    )
 
 
 def test_record_names_no_host_and_no_path(record: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import json
+import math
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,9 +13,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import qalign.engine
 from qalign.core import UserError
-from qalign.engine import Answer, EngineError, HFEngine, Segment, failed, load_engine, load_model
-from qalign.judge import LABELS, SYSTEM, Judge, judge_prefix, judge_suffix, reply_schema
+from qalign.engine import Answer, EngineError, HFEngine, Leads, Segment, failed, load_engine, load_model
+from qalign.judge import LABELS, SYSTEM, Judge, judge_lead, judge_prefix, judge_suffix, reply_schema
 from qalign.rubric import Question, load_rubric, select
 
 torch = pytest.importorskip("torch")
@@ -320,6 +322,203 @@ def test_failed(answer: Answer, is_failed: bool) -> None:
     assert failed(answer) is is_failed
 
 
+# leads: questions that are read once, in front of everything
+
+
+def led(engine: HFEngine, parts: Sequence[Segment], leads: Leads, i: int, suffix: str, labels: Sequence[str]) -> list:
+    "Log-probabilities of labels: one forward pass each over head, lead, the rest and the label, the mask written out."
+    head, lead, rest = (engine.tokens(p) for p in (parts[:1], [(leads.texts[leads.of[i]], True)], parts[1:]))
+    room = max(len(engine.tokens([(x, True)])) for x in leads.texts)
+    end = engine.tokens([(suffix, True)])
+    blind = len(rest) - (not end)  # tokens of the rest that do not see the lead; without a suffix the last does
+    start = len(head) + len(lead)
+    out = []
+    for label in labels:
+        own = engine.tokens([(label, True)])
+        ids = head + lead + rest + end + own
+        sees = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
+        sees[start : start + blind, len(head) : start] = False
+        at = [*range(start), *range(len(head) + room, len(head) + room + len(ids) - start)]
+        mask = torch.zeros(sees.shape).masked_fill(~sees, float("-inf"))[None, None]
+        with torch.no_grad():
+            call = {"input_ids": torch.tensor([ids]), "position_ids": torch.tensor([at]), "attention_mask": mask}
+            logp = engine.model(**call).logits[0].float().log_softmax(-1)
+        first = len(ids) - len(own) - 1
+        out.append(sum(logp[first + k, t].item() for k, t in enumerate(own)))
+    return torch.tensor(out, dtype=torch.float64).log_softmax(-1).tolist()
+
+
+def log_distance(answer: Answer, logps: Sequence[float]) -> float:
+    assert isinstance(answer, dict)
+    return max(abs(math.log(p) - x) for p, x in zip(answer.values(), logps, strict=True))
+
+
+@pytest.mark.parametrize(("family", "attention"), [("qwen3", "sdpa"), ("gemma3_text", "sdpa"), ("gemma2", "eager")])
+def test_leads_of_other_families(hf: HFEngine, family: str, attention: str) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": len(hf.tokenizer)}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(family, initializer_range=0.3, pad_token_id=0, **sizes)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    engine = HFEngine(model, hf.tokenizer, rows=2)
+    prefixes = [[(" a b", True), *text(ids), (" so", True)] for ids in ([1, 2, 3], [4] * 20, [1, 2, 5, 6])]
+    leads = Leads((" lead one two", " lead"), (0, 1, 0))
+    got = engine.label_probs(prefixes, [""] * 3, ODD, chunk=2, leads=leads)
+    for r in range(3):
+        for i in range(3):
+            assert log_distance(got[r][i], led(engine, prefixes[r], leads, i, "", ODD[i])) < 1e-4
+
+
+@pytest.fixture(params=["in two parts", "masked"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    "Both ways to compute attention."
+    if request.param == "masked":
+        monkeypatch.setattr(qalign.engine, "_splits", lambda model: False)
+    return request.param
+
+
+def judged(engine: HFEngine, pairs: Sequence[tuple[str, str]]) -> tuple[list, Leads, list[Sequence[str]]]:
+    "Prefixes, leads and labels as a judge with the rubric first makes them."
+    head, tail = engine.frame(SYSTEM)
+    prefixes = [[*judge_prefix(head, *pair), (tail, True)] for pair in pairs]
+    return prefixes, Leads(tuple(map(judge_lead, QUESTIONS)), tuple(range(5))), [LABELS[q.kind] for q in QUESTIONS]
+
+
+def test_leads_are_what_one_plain_pass_says(hf: HFEngine, path: str) -> None:
+    prefixes, leads, labels = judged(hf, PAIRS[:3])
+    engine = HFEngine(hf.model, hf.tokenizer)
+    got = engine.label_probs(prefixes, [""] * 5, labels, leads=leads)
+    for r, i in ((0, 0), (1, 3), (2, 2), (2, 4)):
+        assert log_distance(got[r][i], led(hf, prefixes[r], leads, i, "", labels[i])) < 1e-4
+    aware = engine.label_probs(prefixes, [f"{q.text}{hf.frame(SYSTEM)[1]}" for q in QUESTIONS], labels)
+    assert distance(got, aware) > 0.01  # another prompt than the one with the question behind
+
+
+@QUICK
+@given(families(), st.sampled_from([1, 2, 8]), st.sampled_from([1, 2, 12]), st.integers(1, 5), st.data())
+def test_any_leads(
+    shared_tiny: HFEngine, family: list[list[int]], rows: int, chunk: int, n: int, data: st.DataObject
+) -> None:
+    "Whatever is asked together, both ways, gives what each gives alone, and what one plain pass gives."
+    head: Segment = (data.draw(st.sampled_from(["", " a", " a b c d e f g h a b c d e f g h a b"])), True)
+    texts = tuple(f" lead{' h' * data.draw(st.integers(0, 9))} {i}" for i in range(n))
+    of = tuple(data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=6)))
+    empty = data.draw(st.booleans())
+    suffixes = ["" if empty else f" question {i}?" for i in of]
+    labels = [ODD[i % len(ODD)] for i in of]
+    prefixes = [[head, *text(ids), (" so", True)] for ids in family]
+    leads = Leads(texts, of)
+    engine = HFEngine(shared_tiny.model, shared_tiny.tokenizer, rows=rows)
+    with counted(engine) as counts:
+        together = engine.label_probs(prefixes, suffixes, labels, chunk=chunk, leads=leads)
+        assert sum(engine.tokens_read) == sum(counts)
+        first, counts[:] = sum(counts), []
+        again = engine.label_probs(prefixes, suffixes, labels, chunk=chunk, leads=leads)
+        assert sum(engine.tokens_read) == sum(counts)
+    whole = len(engine.tokens([head])) + sum(len(engine.tokens([(x, True)])) for x in texts)
+    assert first == sum(counts) + whole and distance(again, together) < TOLERANCE
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(qalign.engine, "_splits", lambda model: False)
+        masked = engine.label_probs(prefixes, suffixes, labels, chunk=chunk, leads=leads)
+    assert distance(masked, together) < TOLERANCE
+    r, i = data.draw(st.integers(0, len(family) - 1)), data.draw(st.integers(0, len(of) - 1))
+    alone = HFEngine(shared_tiny.model, shared_tiny.tokenizer)
+    only = Leads(texts, of[i : i + 1])
+    [[one]] = alone.label_probs([prefixes[r]], suffixes[i : i + 1], labels[i : i + 1], chunk=1, leads=only)
+    assert distance([[one]], [[together[r][i]]]) < TOLERANCE
+    assert log_distance(together[r][i], led(alone, prefixes[r], leads, i, suffixes[i], labels[i])) < 1e-4
+
+
+def test_leads_and_gates(shared_tiny: HFEngine, path: str) -> None:
+    prefixes = [[(" a b", True), *text([i, j]), (" so", True)] for i in range(4) for j in range(3)]
+    leads = Leads(tuple(f" lead {i}{'!' * i}" for i in range(6)), tuple(range(6)))
+    after = [(), (0,), (), (0, 2), (2,), ()]
+    call = {"suffixes": [""] * 6, "labels": [GATED] * 6, "leads": leads}
+    engine = HFEngine(shared_tiny.model, shared_tiny.tokenizer)
+    full, some = (engine.label_probs(prefixes, **call, after=a) for a in (None, after))
+    for row, whole in zip(some, full, strict=True):
+        for i, answer in enumerate(row):
+            assert (answer is None) == any(failed(whole[g]) for g in after[i])
+            assert answer is None or distance([[answer]], [[whole[i]]]) < TOLERANCE
+    skipped = sum(answer is None for row in some for answer in row)
+    assert 0 < skipped < 12 * 3
+
+
+def test_leads_are_read_again_when_the_adapter_changes(lora: HFEngine) -> None:
+    prefixes, leads, labels = judged(lora, PAIRS[:2])
+    base = lora.base()
+
+    def ask(engine: HFEngine) -> tuple[list[list[Answer]], int]:
+        said = engine.label_probs(prefixes, [""] * 5, labels, leads=leads)
+        return said, sum(engine.tokens_read)
+
+    (on, first), (off, first_off) = ask(lora), ask(base)
+    assert distance(on, off) > 0.01 and first == first_off
+    assert ask(lora)[1] == ask(base)[1] < first  # kept
+    with torch.no_grad():
+        for name, p in lora.model.named_parameters():
+            if "lora_B" in name:
+                p.add_(0.5)
+    changed, again = ask(lora)
+    assert again == first and distance(changed, on) > 0.01
+    assert distance(changed, ask(HFEngine(lora.model, lora.tokenizer, lora.spec))[0]) == 0
+    assert ask(base)[0] == off and ask(base)[1] < first  # the base did not change
+
+
+def test_one_set_of_leads_is_kept(shared_tiny: HFEngine) -> None:
+    engine = HFEngine(shared_tiny.model, shared_tiny.tokenizer)
+    assert engine.read_leads((" a b", True), [" c d", " e"]) == 2 + 3
+    kept = engine.kept
+    assert engine.read_leads((" a b", True), [" c d", " e"]) == 0 and engine.kept is kept
+    assert engine.read_leads((" a b", True), [" c d"]) == 4 and engine.kept.layers[0][0].shape[2] == 2
+    assert engine.read_leads((" a", True), [" c d"]) == 3 and "kept" not in repr(engine)
+
+
+def test_leads_of_many_texts_are_read_in_parts(shared_tiny: HFEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = []
+    for n in (1, 3, 100):
+        monkeypatch.setattr(qalign.engine, "_LEADS", n)
+        engine = HFEngine(shared_tiny.model, shared_tiny.tokenizer)
+        leads = Leads(tuple(f" {' a' * i} lead" for i in range(7)), (6, 2))
+        said.append(engine.label_probs([[(" x", True), (" so", True)]], ["", ""], [ODD[0], ODD[2]], leads=leads))
+    assert max(distance(said[0], x) for x in said[1:]) < TOLERANCE
+
+
+def test_prefixes_that_leads_cannot_stand_in(shared_tiny: HFEngine) -> None:
+    leads, a, b = Leads((" c",), (0,)), (" a", True), (" b", True)
+    for prefixes in ([[a, b], [b, a]], [[a]]):
+        with pytest.raises(ValueError, match="begin with the same segment and go on"):
+            shared_tiny.label_probs(prefixes, ["?"], [ODD[0]], leads=leads)
+    for prefixes, suffixes in (([[a, b], [b, a]], [""]), ([[a]], ["", "?"])):
+        with pytest.raises(ValueError, match="one last token of all prefixes, and suffixes that are all empty or"):
+            shared_tiny.label_probs(prefixes, suffixes, [ODD[0]] * len(suffixes))
+
+
+def test_an_empty_suffix_is_the_end_of_the_prefix(shared_tiny: HFEngine) -> None:
+    prefixes = [[*text(ids), (" so", True)] for ids in ([1, 2, 3], [4], [1, 2, 5, 6, 7])]
+    got = shared_tiny.label_probs(prefixes, ["", ""], [ODD[1], ODD[2]])
+    want = [[plain(shared_tiny, p, "", x) for x in (ODD[1], ODD[2])] for p in prefixes]
+    assert distance(got, want) < TOLERANCE
+
+
+@pytest.mark.parametrize("gates_first", [True, False])
+def test_a_judge_with_the_rubric_first(hf: HFEngine, gates_first: bool) -> None:
+    rubric = select(load_rubric("hhh"), dimensions=1, per_dimension=(1, 1))
+    engine = HFEngine(hf.model, hf.tokenizer)
+    judge = Judge(rubric, engine, layout="rubric_first", gates_first=gates_first)
+    first, again = judge.score_many(PAIRS[:3]), judge.score_many(PAIRS[:3])
+    assert [c.verdicts for c in first] == [c.verdicts for c in again]
+    read = sum(c.tokens for c in first) - sum(c.tokens for c in again)
+    assert read == sum(len(hf.tokens([(x, True)])) for x in (hf.frame(SYSTEM)[0], *map(judge_lead, rubric.questions)))
+    alone = [Judge(rubric, engine, layout="rubric_first").score(*[p, [r]])[0] for p, r in PAIRS[:3]]
+    for a, b in zip(alone, first, strict=True):
+        said = {v.question_id: v.probs for v in b.verdicts}
+        assert all(distance([[v.probs]], [[said[v.question_id]]]) < TOLERANCE for v in a.verdicts)
+
+
 # what it costs
 
 
@@ -377,6 +576,7 @@ def work(engine: HFEngine) -> None:
     "Every kind of call."
     prefixes, suffixes, labels = asked(engine, PAIRS[:3])
     engine.label_probs(prefixes, suffixes, labels, after=[[], [0], [], [2], []])
+    engine.label_probs(prefixes, suffixes, labels, leads=Leads(("Be kind.", "Be strict."), (0, 1, 0, 1, 0)))
     engine.replies(prefixes, suffixes[:1], [SCHEMA], [(0, 0), (1, 0)], max_tokens=4)
     engine.complete(CHATS, max_tokens=3, temperature=1.0, seed=5)
     engine.complete(CHATS[:1], max_tokens=3, schema=SCHEMA)

@@ -21,10 +21,12 @@ from hypothesis import strategies as st
 
 from qalign.cache import VerdictCache, verdict_key
 from qalign.core import UserError, content_hash
-from qalign.engine import Answer, EngineError, Segment, Usage, failed
-from qalign.judge import LABELS, SYSTEM, Judge, Scorecard, _keys, judge_prefix, read_reply, reply_schema, rubric_prefix
+from qalign.engine import Answer, EngineError, HFEngine, Leads, Segment, Usage, failed
+from qalign.judge import LABELS, SYSTEM, Judge, Scorecard, _keys, judge_lead, judge_prefix, read_reply, reply_schema
 from qalign.pool import explain, pool
 from qalign.rubric import Dimension, Principle, Question, Rubric, Verdict
+from qalign.server import ServerEngine
+from qalign.vllm_engine import VLLMEngine
 
 CALM = settings(derandomize=True, max_examples=150, deadline=None)
 HEAD, TAIL = "<|system|>\n", "\n<|answer|>"
@@ -57,6 +59,8 @@ rubrics = st.builds(
 class Stub:
     "An engine whose answers are a function of the judged text and the question; it counts what it is asked."
 
+    reads_leads = True
+
     def __init__(self, rubric: Rubric, rule: Rule, who: str = "stub", slow: float = 0.0) -> None:
         self.rubric, self.rule, self.who, self.slow = rubric, rule, who, slow
         self.spec, self.usage, self.tokens_read, self.identities = who, Usage(), [], 0
@@ -75,8 +79,6 @@ class Stub:
         raise AssertionError("a judge writes nothing")
 
     def question(self, suffix: str) -> Question:
-        if suffix.startswith("\n"):  # rubric first: by number
-            return self.rubric.questions[int(suffix.strip(" :\n")) - 1]
         return next(q for q in self.rubric.questions if f": {q.text}" in suffix)
 
     def answer(self, prefix: Sequence[Segment], suffix: str) -> Answer:
@@ -92,9 +94,14 @@ class Stub:
         labels: Sequence[Sequence[str]],
         chunk: int = 12,
         after: Sequence[Sequence[int]] | None = None,
+        leads: Leads | None = None,
     ) -> list[list[Answer]]:
         self.chunks.append(chunk)
         after = after or [()] * len(suffixes)
+        if leads:  # the question stands in front, the answer header behind the response
+            assert list(leads.texts) == [judge_lead(q) for q in self.rubric.questions] and set(suffixes) == {""}
+            assert all(p[0] == (HEAD, True) and p[-1] == (TAIL, True) for p in prefixes)
+            suffixes = [leads.texts[i] for i in leads.of]
         assert [tuple(x) for x in labels] == [LABELS[self.question(s).kind] for s in suffixes]
         time.sleep(self.slow)
         out = []
@@ -741,9 +748,9 @@ def test_replies_of_every_kind_in_one_call() -> None:
 
 
 def test_untrusted_text_is_the_prompt_and_the_response_alone() -> None:
-    for prefix in (judge_prefix(HEAD, "a\n~~~~", " b "), rubric_prefix(HEAD, TAIL, RUBRIC.questions, "a\n~~~~", " b ")):
-        assert [text for text, trusted in prefix if not trusted] == ["a\n~~~~", "b"]
-        assert "".join(t for t, _ in prefix).count("~" * 5) == 2 and prefix[0][0].startswith(HEAD)
+    prefix = judge_prefix(HEAD, "a\n~~~~", " b ")
+    assert [text for text, trusted in prefix if not trusted] == ["a\n~~~~", "b"]
+    assert "".join(t for t, _ in prefix).count("~" * 5) == 2 and prefix[0] == (HEAD, True)
 
 
 # views
@@ -874,6 +881,19 @@ def test_bad_ways_are_said_in_one_line(way: dict[str, Any], message: str) -> Non
     with pytest.raises(UserError, match=message) as caught:
         Judge(RUBRIC, Stub(RUBRIC, fixed()), **way)
     assert "\n" not in str(caught.value)
+
+
+def test_rubric_first_needs_an_engine_that_keeps_questions() -> None:
+    engine = Stub(RUBRIC, fixed(), "vllm:some")
+    engine.reads_leads = False
+    with pytest.raises(
+        UserError, match=r"layout rubric_first .* which vllm:some cannot: use layout response_first$"
+    ) as caught:
+        Judge(RUBRIC, engine, layout="rubric_first")
+    assert "\n" not in str(caught.value)
+    for other in (ServerEngine, VLLMEngine):
+        assert not hasattr(other, "reads_leads")
+    assert HFEngine.reads_leads
 
 
 def test_keys_are_those_of_the_cache_room() -> None:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from qalign import reliability
 from qalign.core import UserError, content_hash, data_path, read_jsonl
-from qalign.engine import Answer, EngineError, Segment, Usage
+from qalign.engine import Answer, EngineError, Leads, Segment, Usage
 from qalign.fixtures import load_fixtures
 from qalign.judge import LABELS, Judge
 from qalign.lint import lint, open_findings
@@ -65,6 +65,8 @@ def drawn(salt: str = "") -> Rule:
 class Stub:
     "An engine whose answers are a function of the texts and the question; it counts its calls and what they hold."
 
+    reads_leads = True
+
     def __init__(self, rule: Rule, who: str = "stub", rubric: Rubric = RUBRIC) -> None:
         self.rule, self.who, self.rubric = rule, who, rubric
         self.spec, self.usage, self.tokens_read = who, Usage(), [0]
@@ -84,11 +86,8 @@ class Stub:
 
     def _answer(self, prefix: Sequence[Segment], suffix: str) -> tuple[Question, Answer]:
         prompt, response = (text for text, trusted in prefix if not trusted)
-        if suffix.startswith("\n"):
-            q = self.rubric.questions[int(suffix.strip(" :\n")) - 1]
-        else:
-            text = suffix.split(": ", 1)[1].removesuffix(">").split("? First")[0]
-            q = self.by_text[text if text.endswith("?") else text + "?"]
+        text = suffix.split(": ", 1)[1].strip().removesuffix(">").split("? First")[0]
+        q = self.by_text[text if text.endswith("?") else text + "?"]
         return q, self.rule(prompt, response, q)
 
     def label_probs(
@@ -98,7 +97,9 @@ class Stub:
         labels: Sequence[Sequence[str]],
         chunk: int = 12,
         after: Sequence[Sequence[int]] | None = None,
+        leads: Leads | None = None,
     ) -> list[list[Answer]]:
+        suffixes = [leads.texts[i] for i in leads.of] if leads else suffixes
         if len(self.calls) >= self.stop_after:
             raise KeyboardInterrupt
         assert not any(after or ())  # no question is skipped

@@ -31,8 +31,10 @@ from qalign.rollout import (
 pytestmark = pytest.mark.vllm
 
 PRECISION = os.environ.get("QALIGN_PRECISION", "fp32")
-TOLERANCE = {"fp32": 1e-3, "none": 0.5}[PRECISION]  # largest difference of a token's log-probability
-MEAN = {"fp32": 1e-4, "none": 0.05}[PRECISION]  # mean difference
+# In fp32 the two sides differ by 6e-5 at most on one processor and by 2e-3 on another, where the first call takes other
+# kernels; a policy that is one update old is off by .05 in the mean.
+TOLERANCE = {"fp32": 5e-3, "none": 0.5}[PRECISION]  # largest difference of a token's log-probability
+MEAN = {"fp32": 5e-4, "none": 0.05}[PRECISION]  # mean difference
 RANK, TEMPERATURE = 8, 0.8
 ASKED = ["Say hello to a friend.", "Why is the sky blue?", "Name three colours, and say which one you like best."]
 

@@ -23,7 +23,7 @@ from qalign.vllm_engine import VLLMEngine, agreement, load_vllm
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
 
-TOLERANCE = 1e-3  # of a label's log-probability, fp32
+TOLERANCE = 5e-3  # of a label's log-probability, fp32: 6e-5 on one processor, 2e-3 in the first call on another
 RUBRIC = load_rubric()
 QUESTIONS = [d.questions[i] for d in RUBRIC.dimensions[::5] for i in (0, -1)]
 PAIRS = [
