@@ -181,7 +181,7 @@ def test_help_lists_the_commands():
 def run(*args):
     "The command line as a process of its own."
     code = "from qalign.cli import main; main()"
-    return subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, timeout=600)
 
 
 def test_rubric_commands_read_compare_and_check(tmp_path):

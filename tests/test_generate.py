@@ -279,7 +279,7 @@ def test_a_record_with_a_hole_says_which_reply_is_missing(tmp_path: Path) -> Non
 
 def run_cli(*args: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
     code = "from qalign.cli import main; main()"
-    return subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=120, **kwargs)
+    return subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=600, **kwargs)
 
 
 @pytest.mark.parametrize(

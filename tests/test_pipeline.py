@@ -47,7 +47,7 @@ def start(out, *more):
 
 
 def finish(process):
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=1200)
     assert process.returncode == 0, err[-2000:]
     return out
 
@@ -249,7 +249,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
     process = start(tmp_path / "x")
     until(process, tmp_path / "x" / "stages" / "start.json")
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=600)
     assert process.returncode == 130
     assert err.splitlines()[-1] == "qalign: stopped in stage records by the user: add --resume to go on from there"
 

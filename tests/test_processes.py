@@ -274,7 +274,7 @@ def test_the_shipped_configuration_launches_and_a_killed_process_ends_the_launch
         config += ["--mixed_precision", "no"]  # float32, like the run it is compared with
         command = [sys.executable, "-m", "accelerate.commands.launch", *config, str(tmp_path / "program.py")]
         env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
-        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=200)
+        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=900)
         assert (done.returncode != 0) == kill, done.stderr[-2000:]
     assert signal.SIGKILL.name in done.stderr or final(run)["said"][0] == "GRPO goes on after step 2"
     assert bit_equal(adapter(straight), adapter(run)) and repr(credit(straight)) == repr(credit(run))
