@@ -410,7 +410,7 @@ def bf16_emulated() -> bool:
     "Whether this CPU has no bf16 arithmetic, so that torch's bf16 matrix products are slow."
     import torch
 
-    return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 @contextlib.contextmanager
@@ -420,7 +420,8 @@ def unpacked(
     "On a CPU, 4-bit layers compute from weights unpacked once until the context ends; 16-bit ones in fp32 if it must."
     import torch
 
-    cpu, wide, layers = next(model.parameters()).device.type == "cpu", bf16_emulated(), dict[Any, Any]()
+    cpu, layers = next(model.parameters()).device.type == "cpu", dict[Any, Any]()
+    wide = cpu and bf16_emulated()
     for layer in model.modules() if cpu else ():
         if isinstance(layer, torch.nn.Linear) and "forward" not in vars(layer):  # a layer of bitsandbytes is one too
             frozen = not (torch.is_grad_enabled() and layer.weight.requires_grad)
