@@ -209,6 +209,7 @@ _MISSED = 0.01  # share of probability that labels which did not come back may h
 def first_token_probs(
     labels: Sequence[str],
     top: Sequence[tuple[str, float]],  # the likeliest first tokens: text, log-probability
+    drawn: str = "",  # the token that was sampled: vLLM lists it even where it is none of the likeliest
 ) -> tuple[dict[str, float], float]:
     "Label probabilities, and the most that labels not returned could hold. Raises `EngineError` if that is too much."
     mass = dict.fromkeys(labels, 0.0)
@@ -224,8 +225,9 @@ def first_token_probs(
     if not opens:
         raise EngineError(f"gave no label among its {len(top)} likeliest first tokens")
     found, absent = sum(mass.values()), [label for label in labels if label not in opens]
-    ps = [math.exp(logp) for _, logp in top]
-    bound = max(0.0, min(len(absent) * min(ps), 1 - sum(ps))) if absent else 0.0
+    rest = 1 - sum(math.exp(logp) for _, logp in top)
+    least = min((math.exp(logp) for text, logp in top if text != drawn), default=1.0)
+    bound = max(0.0, min(len(absent) * least, rest)) if absent else 0.0
     missed = bound / (found + bound) if bound else 0.0
     if missed > _MISSED:
         names = ", ".join(absent)
@@ -414,10 +416,11 @@ async def _first_token(server: Any, row: int, chat: Chat, labels: Sequence[str],
     )
     _count(server, reply, row, 0, 1)
     try:
-        top = [(t.token, float(t.logprob)) for t in reply.choices[0].logprobs.content[0].top_logprobs]
+        first = reply.choices[0].logprobs.content[0]
+        top = [(t.token, float(t.logprob)) for t in first.top_logprobs]
     except (AttributeError, IndexError, TypeError, ValueError):
         raise EngineError("gave no log-probabilities of its first token: it cannot judge by labels") from None
-    probs, missed = first_token_probs(labels, top)
+    probs, missed = first_token_probs(labels, top, first.token)
     server.missed = max(server.missed, missed)
     return probs
 

@@ -658,6 +658,17 @@ def test_first_tokens_give_probabilities_or_a_reason(counts: dict[str, int]) -> 
     assert all(probs[t] > 0 for t in counts if t in probs)
 
 
+def test_a_rare_sampled_token_does_not_bound_what_was_left_out() -> None:
+    "vLLM lists the sampled token first, likely or not, and drops the last of the likeliest for it."
+    replies = [first_tokens(Zebra=1e-6, TRUE=0.6, The=0.2, It=0.1), first_tokens(TRUE=0.6, The=0.2, It=0.1)]
+    with stand_in(lambda body: replies[int(body["messages"][1]["content"][-1])]) as (server, _):
+        head, tail = server.frame("Grade.")
+        row = server.label_probs([[(head, True)]], [f"{k}{tail}" for k in range(2)], [["TRUE", "FALSE", "NA"]] * 2)[0]
+    assert all("left out FALSE, NA, which may hold up to 14.3%" in str(x) for x in row)
+    with pytest.raises(EngineError, match=r"left out NA, which may hold up to 50\.0%"):
+        first_token_probs(["TRUE", "NA"], [("TRUE", math.log(0.5))], drawn="TRUE")
+
+
 def test_labels_that_share_their_first_token_cannot_be_told_apart() -> None:
     with pytest.raises(EngineError, match="cannot tell labels 'Strongly agree' and 'Strongly disagree' apart"):
         first_token_probs(["Strongly agree", "Strongly disagree"], [("Strongly", -0.1)])

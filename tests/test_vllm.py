@@ -175,13 +175,14 @@ def test_a_server_that_hides_what_it_is(hf: HFEngine, server: ServerEngine) -> N
     "As one of plain chats: the same shares where both labels come back, a reason where one does not."
     plain = ServerEngine(server.model, server.base_url)
     plain._reads = "chats"
-    text, labels = "Is the sky blue? Answer Yes or No.", [["Yes", "No"], ["Yes", "Xylophone"]]
+    text = "Is the sky blue? Answer Yes or No."
+    labels = [["Yes", "No"]] + [["Yes", "Xylophone"]] * 30  # 30 tokens are sampled: some are none of the likeliest
     rows = []
     for engine in (hf, plain):
         head, tail = engine.frame("Be brief.")
-        rows.append(engine.label_probs([[(head, True)]], [text + tail] * 2, labels)[0])
+        rows.append(engine.label_probs([[(head, True)]], [text + tail] * len(labels), labels)[0])
     assert agreement([rows[0][0]], [rows[1][0]])["largest_difference"] < TOLERANCE
-    assert isinstance(rows[1][1], EngineError) and "left out Xylophone" in str(rows[1][1])
+    assert all(isinstance(x, EngineError) and "left out Xylophone" in str(x) for x in rows[1][1:])
 
 
 def test_a_rubric_is_generated_by_the_server(server: ServerEngine, tmp_path: Path) -> None:
