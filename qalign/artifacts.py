@@ -19,6 +19,7 @@ import tempfile
 import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -656,7 +657,7 @@ def _free() -> None:
 
 def _save_merged(r: _Records, spec: str, path: str, dtype: str, folder: Path) -> tuple[dict[str, Any], list[Any]]:
     "Merge and save; what is known of it so far, and the logits with the adapter on."
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, GenerationConfig
 
     model, tokenizer = load_model(path, _DTYPES[dtype])
     identity = HFEngine(model, tokenizer, spec).identity()
@@ -668,6 +669,8 @@ def _save_merged(r: _Records, spec: str, path: str, dtype: str, folder: Path) ->
     about = {"base": {**identity, "spec": _public(spec)}, "dtype": dtype, "unmoved": _unmoved(model)}
     model.merge_and_unload(safe_merge=True).save_pretrained(folder)
     AutoTokenizer.from_pretrained(path).save_pretrained(folder)
+    with suppress(OSError):  # not every base has sampling defaults; load_model leaves them behind
+        GenerationConfig.from_pretrained(path).save_pretrained(folder)
     return {**about, "adapter": _difference(on, off)}, on
 
 # %% ../nbs/12b_artifacts.ipynb #4469fbd1

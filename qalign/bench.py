@@ -10,6 +10,7 @@ __all__ = ['ROWS', 'bench_pairs', 'per_question', 'matmul_peak', 'bench_judge', 
 import contextlib
 import ctypes
 import datetime
+import gc
 import json
 import math
 import os
@@ -26,7 +27,7 @@ from typing import Any
 
 # %% ../nbs/06d_bench.ipynb #630100e1
 from .core import UserError, append_jsonl, content_hash, data_path, installed, read_jsonl, write_json
-from .engine import HFEngine, embedded_model, load_engine
+from .engine import HFEngine, bf16_emulated, embedded_model, load_engine
 from .judge import LABELS, SYSTEM, Judge, judge_lead, judge_prefix, judge_suffix
 from .rubric import Question, Rubric, load_rubric
 from .server import LabelTree
@@ -140,7 +141,7 @@ def _read_heads(engine: HFEngine, heads: list[tuple[int, ...]], cache: Any, lens
     logits = engine.model(
         input_ids=torch.tensor([[h[-1] for h in heads]], device=device).expand(rows, -1),
         position_ids=lens[:, None] + torch.tensor([[len(h) - 1 for h in heads]], device=device),
-        attention_mask=mask[:, None],
+        attention_mask=engine._mask(mask),
         past_key_values=cache,
         use_cache=True,
     ).logits
@@ -459,6 +460,9 @@ def bench_judge(
 
 
 def _compute(engine: HFEngine) -> str:
+    "The precision in which matrices are multiplied: `unpacked` computes in fp32 on a CPU without bf16."
+    if engine.model.device.type == "cpu" and bf16_emulated():
+        return "float32"
     return "bfloat16" if (precision := _precision(engine)) == "nf4" else precision
 
 # %% ../nbs/06d_bench.ipynb #a1cf12b2
@@ -728,7 +732,16 @@ def _load(spec: str, quantization: str) -> Any:
         return load_vllm(spec, quantization)
     if spec.startswith("openai:"):
         raise UserError(f"a server's speed is not this machine's: choose smollm2, hf: or vllm:, got {spec!r}")
-    return load_engine(spec, quantization)
+    return load_engine.__wrapped__(spec, quantization)
+
+
+def _free() -> None:
+    "Give back the memory of what is no longer referred to."
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 # %% ../nbs/06d_bench.ipynb #48358fcc
 def run_bench(
@@ -750,7 +763,9 @@ def run_bench(
     pairs = bench_pairs(engine.tokenizer, responses)
     record = _open(folder, _plan(engine, rubric, pairs, chunk))
     if "judge" in parts:
-        same = None if isinstance(engine, HFEngine) else _load(spec.removeprefix("vllm:"), quantization)
+        name = spec.removeprefix("vllm:")
+        weights = name if name == "smollm2" else f"hf:{name}"
+        same = None if isinstance(engine, HFEngine) else _load(weights, quantization)
         bench_judge(engine, rubric, pairs, folder, rows, repeats, baseline_responses, chunk, say=say, yardstick=same)
     if isinstance(engine, HFEngine):
         record = json.loads((folder / "bench.json").read_text(encoding="utf-8"))
@@ -759,6 +774,7 @@ def run_bench(
             bench_scaling(engine, rubric, folder, batch=batch, chunk=chunk, repeats=repeats, say=say)
         if "memory" in parts and "memory" not in record:
             del engine  # its memory is wanted by the processes that are measured
+            _free()
             got = bench_memory(spec, quantization, folder, chunk=chunk)
             say(f"memory: ratio {got['ratio']:.2f}, of what judging adds {got['work_ratio']:.2f}")
     return json.loads((folder / "bench.json").read_text(encoding="utf-8"))

@@ -671,6 +671,8 @@ def _items(name: str, rows: Iterable[tuple[str, Mapping[str, Any]]], bench: Benc
             raise UserError(f"{name}, {where}: {e}") from None
         if given.setdefault("label", part.label or _LABELS[bench.kind]) not in _HALVES and "label" in shape.fields:
             raise UserError(f"{name}, {where}: expected safe or unsafe for label, got {given['label'][:40]!r}")
+        if part.keep is not None and row[part.keep[0]] != part.keep[1]:
+            continue
         key, copies = given.get("id") or content_hash(given["prompt"].strip(), 12), 1
         while key in places and "id" not in given:
             copies += 1
@@ -680,8 +682,7 @@ def _items(name: str, rows: Iterable[tuple[str, Mapping[str, Any]]], bench: Benc
                 f"{name}, {where}: the id {key[:60]!r} stands at {places[key]} too: download the file again"
             )
         places[key] = where
-        if part.keep is None or row[part.keep[0]] == part.keep[1]:
-            yield Item(**{**given, "id": key}, benchmark=bench.name)
+        yield Item(**{**given, "id": key}, benchmark=bench.name)
 
 # %% ../nbs/09a_benchmarks.ipynb #77676547
 def _check_rows(name: str, n: int, hashes: set[str], part: Split, file: str, rows: int | str | None) -> None:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 # %% ../nbs/06c_canaries.ipynb #8bd8bb62
-from .core import UserError, content_hash, data_path, read_jsonl
+from .core import UserError, content_hash, data_path
 from .judge import SYSTEM, Judge, judge_prefix, judge_suffix
+from .prompts import _json_lines
 from .rubric import Question, Verdict
 from .stats import mean_interval
 
@@ -41,7 +42,7 @@ def load_canaries(
     if not path.is_file():
         raise UserError(f"no canaries {path.name!r}: give the path of a .jsonl file")
     names, out = [f.name for f in fields(Canary)], []
-    for n, row in enumerate(read_jsonl(path), 1):
+    for n, row in enumerate(_json_lines(path.name, path), 1):
         where = f"{path.name}, row {n}"
         if not isinstance(row, dict) or set(row) != set(names) or not all(isinstance(v, str) for v in row.values()):
             raise UserError(f"{where}: expected text for the keys {', '.join(names)} and no others")

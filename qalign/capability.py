@@ -434,6 +434,14 @@ def _difference(left: list[bool], right: list[bool]) -> dict[str, Any]:
     return {**told, "only_a": m.only_a, "only_b": m.only_b, "p": m.p, "n": n}
 
 # %% ../nbs/14c_capability.ipynb #c6b43759
+def _lines(out: Path | str, model: str, name: str) -> list[dict[str, Any]]:
+    "The lines of a finished set. Raises `UserError` if they are not beside its results."
+    path = _place(out, model, name).with_suffix(".jsonl")
+    if not path.is_file():
+        raise UserError(f"no {path} for the results of {model}: copy the lines as well, or measure it again")
+    return list(read_jsonl(path))
+
+
 def compare_capability(
     out: Path | str,  # folder that `run_capability` wrote
     a: str,  # name of the first model
@@ -446,10 +454,7 @@ def compare_capability(
         first, second = held[a, name, metric]["settings"], held[b, name, metric]["settings"]
         if other := [k for k in first if k != "weights" and first[k] != second.get(k)]:
             raise UserError(f"{name}: {a} and {b} differ in {other[0]}: evaluate both in the same way")
-        left, right = (
-            {s["id"]: s["correct"][metric] for s in read_jsonl(_place(out, model, name).with_suffix(".jsonl"))}
-            for model in (a, b)
-        )
+        left, right = ({s["id"]: s["correct"][metric] for s in _lines(out, model, name)} for model in (a, b))
         pair = _difference(list(left.values()), [right[i] for i in left])
         told.append({"set": name, "metric": metric, "a": a, "b": b, **pair})
     if not told:
@@ -551,6 +556,6 @@ def same_as_harness(
             say(f"{part}: the harness's command line, {name}")
         with tempfile.TemporaryDirectory() as folder:
             results, lines = _direct(Path(folder), part, how, rows, str(manager.task_index[part].yaml_path), model)
-        ours = list(read_jsonl(_place(out, name, part).with_suffix(".jsonl")))
+        ours = _lines(out, name, part)
         told += [_held_against(r, ours, results, lines) for r in mine]
     return told

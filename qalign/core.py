@@ -335,16 +335,17 @@ def read_jsonl(
     path: Path | str,
 ) -> Iterator[dict[str, Any]]:
     "Rows of a JSON-lines file. An unfinished last line is passed over; any other broken line is an error."
-    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    lines = Path(path).read_bytes().split(b"\n")
     for i, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
+            yield json.loads(line.decode("utf-8"))
+        except ValueError:  # no JSON, or a cut inside a character
             if i == len(lines):  # no newline at its end: cut short by a kill
                 return
-            raise UserError(f"{Path(path).name}, line {i}: expected JSON, got {line[:60]!r}") from None
+            said = line.decode("utf-8", "replace")[:60]
+            raise UserError(f"{Path(path).name}, line {i}: expected JSON, got {said!r}") from None
 
 # %% ../nbs/00_core.ipynb #e0a0d049
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "vllm", "numpy")

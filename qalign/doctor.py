@@ -102,6 +102,8 @@ _REQUIRED = ("", "train")
 
 
 def _install(extra: str) -> str:
+    if extra == "vllm":  # it wants an older transformers than constraints.txt pins
+        return "in an environment of its own: pip install '.[train,vllm]'"
     return f"pip install 'qalign[{extra}]' -c constraints.txt" if extra else "pip install qalign -c constraints.txt"
 
 
@@ -142,7 +144,8 @@ def vllm_for_trl(
     if not trl or not bounds:
         return Finding(topic, "warn", f"trl {trl} declares no range" if trl else "trl not installed", _install("train"))
     if vllm is None:
-        return Finding(topic, "ok", f"no vllm; trl {trl} supports {bounds}", f"when vllm is wanted: {command}")
+        remedy = f"when vllm is wanted, in an environment of its own: {command}"
+        return Finding(topic, "ok", f"no vllm; trl {trl} supports {bounds}", remedy)
     state = compare(vllm, bounds)
     return Finding(topic, state, f"vllm {vllm}; trl {trl} supports {bounds}", "" if state == "ok" else command)
 

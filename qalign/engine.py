@@ -188,7 +188,7 @@ def load_model(
         raise UserError(f"expected quantization none (bf16), nf4 or fp32, got {quantization!r}")
     quiet()
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
     kwargs: dict[str, Any] = {"dtype": torch.float32 if quantization == "fp32" else torch.bfloat16}
     if quantization == "nf4":
@@ -203,8 +203,12 @@ def load_model(
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
         model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
-    except OSError as e:
-        raise UserError(f"cannot load model {path!r}: {str(e).splitlines()[0]}") from None
+    except (OSError, ValueError) as e:
+        said = str(e).splitlines()[0] if isinstance(e, OSError) else " ".join(str(e).split())[:160]
+        raise UserError(f"cannot load model {path!r}: {said}") from None
+    if getattr(model, "_hf_peft_config_loaded", False):
+        base = model.config._name_or_path
+        raise UserError(f"{path!r} is an adapter over {base!r}: give hf:{base} as the model and the folder as adapter")
     if chat and tokenizer.chat_template is None:
         raise UserError(f"model {path!r} has no chat template: choose an instruct or chat model")
     if tokenizer.pad_token is None:
@@ -212,6 +216,8 @@ def load_model(
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
+    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+    model.generation_config = GenerationConfig(**{k: getattr(model.generation_config, k, None) for k in ids})
     return model.eval(), tokenizer
 
 
@@ -517,11 +523,14 @@ class _Grammar:
 # %% ../nbs/03_engine.ipynb #f494e92f
 @functools.lru_cache(maxsize=8)
 def weights_hash(
-    folder: str,  # with *.safetensors
+    folder: str,  # with *.safetensors, or else *.bin
 ) -> str:
-    "SHA-256 over the weight files of a folder, 16 hex digits; read once per process."
+    "SHA-256 over the weight files of a folder, 16 hex digits; read once per process. Raises `UserError` for none."
     total = hashlib.sha256()
-    for path in sorted(Path(folder).glob("*.safetensors")):
+    files = sorted(Path(folder).glob("*.safetensors")) or sorted(Path(folder).glob("*.bin"))
+    if not files:
+        raise UserError(f"no weights in {folder}: expected *.safetensors or *.bin there")
+    for path in files:
         with open(path, "rb") as f:
             total.update(hashlib.file_digest(f, "sha256").digest())
     return total.hexdigest()[:16]
@@ -540,7 +549,8 @@ def _adapter_hash(model: Any) -> str:
 
 # %% ../nbs/03_engine.ipynb #c786a655
 @functools.lru_cache(maxsize=8)
-def _plain(tokenizer: Any) -> Any:
+def _plain(tokenizer: Any) -> tuple[Any, frozenset[int]]:
+    "A tokenizer that reads every text as plain, and the ids that must not come out of it."
     from tokenizers import Tokenizer
 
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -553,7 +563,21 @@ def _plain(tokenizer: Any) -> Any:
     plain.encode_special_tokens = True
     plain.no_truncation()
     plain.no_padding()
-    return plain
+    added = {a["id"] for a in data["added_tokens"] if a["special"] and a["content"].strip("▁ ")}  # runs of ▁ are spaces
+    ends = {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    return plain, frozenset((added | {*tokenizer.all_special_ids}) - ({tokenizer.unk_token_id} - ends))
+
+
+def _read_plain(tokenizer: Any, text: str) -> list[int]:
+    "Token ids of untrusted text; a control token that the vocabulary holds as a piece is spelt by its characters."
+    plain, control = _plain(tokenizer)
+
+    def spelt(i: int) -> list[int]:
+        each = [plain.encode(c, add_special_tokens=False).ids for c in plain.id_to_token(i)]
+        return [x for ids in each for x in ids if x not in control]
+
+    ids = plain.encode(text, add_special_tokens=False).ids
+    return [x for i in ids for x in (spelt(i) if i in control else [i])]
 
 
 def tokens_of(
@@ -566,7 +590,7 @@ def tokens_of(
         if trusted:
             ids += tokenizer(text, add_special_tokens=False)["input_ids"]
         else:
-            ids += _plain(tokenizer).encode(text, add_special_tokens=False).ids
+            ids += _read_plain(tokenizer, text)
     return ids
 
 
@@ -574,11 +598,19 @@ def frame_of(
     tokenizer: Any,  # of transformers, with a chat template
     system: str,  # the system message
 ) -> tuple[str, str]:
-    "The text before and after a user message, as the chat template writes it."
-    mark = "\ue000"
+    "The text before and after a user message, as the chat template writes it. Raises `UserError` if it cannot."
+    from jinja2 import TemplateError
+
+    mark, name = "\ue000", tokenizer.name_or_path
     chat = [{"role": "system", "content": system}, {"role": "user", "content": mark}]
-    head, tail = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True).split(mark)
-    return head, tail
+    try:
+        parts = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True).split(mark)
+    except TemplateError as e:
+        said = f"refuses a system and a user message ({' '.join(str(e).split())})"
+        raise UserError(f"chat template of {name!r} {said}: choose another model") from None
+    if len(parts) != 2:
+        raise UserError(f"chat template of {name!r} writes a user message {len(parts) - 1} times: choose another model")
+    return parts[0], parts[1]
 
 # %% ../nbs/03_engine.ipynb #04d3c5ca
 _PLAIN = ("llama", "mistral", "qwen2", "qwen3")  # families whose attention is a softmax over all that is seen, no more
@@ -661,6 +693,27 @@ def _in_two_parts(model: Any, cache: Any, lens: list[int], packed: _Packed, lead
         _split.reset(token)
 
 # %% ../nbs/03_engine.ipynb #1b7457c0
+def _window(model: Any) -> int | None:
+    "Keys that the narrowest sliding window of a model reaches over, itself included; None if there is none."
+    from transformers import DynamicCache
+
+    layers: Any = DynamicCache(config=model.config).layers
+    return min((x.sliding_window for x in layers if getattr(x, "is_sliding", False)), default=None)
+
+
+@contextlib.contextmanager
+def _adapters_off(model: Any) -> Iterator[None]:
+    "Every layer answers without its adapters, also where the model is the one inside a peft model."
+    layers = [m for m in model.modules() if getattr(m, "disable_adapters", None) is False]  # of peft
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+# %% ../nbs/03_engine.ipynb #6da20dc5
 @dataclass
 class HFEngine:
     "A transformers causal model in this process."
@@ -687,8 +740,7 @@ class HFEngine:
 
         modes = [(m, m.training) for m in self.model.modules()]
         flags = {n: p.requires_grad for n, p in self.model.named_parameters()}
-        peft = hasattr(self.model, "disable_adapter")
-        off = self.model.disable_adapter() if peft and not self.adapter else contextlib.nullcontext()
+        off = contextlib.nullcontext() if self.adapter else _adapters_off(self.model)
         self.model.eval()
         try:
             with torch.random.fork_rng(), torch.no_grad(), off, unpacked(self.model):
@@ -702,7 +754,7 @@ class HFEngine:
     def identity(self) -> dict[str, str]:
         "Specification, hub commit or hash of the weight files, precision, and a hash of the adapter if one is on."
         name, who = self.model.config._name_or_path, {"spec": self.spec}
-        if Path(name).is_dir():
+        if name and Path(name).is_dir():
             who["weights"] = weights_hash(name)
         else:
             who["revision"] = str(getattr(self.model.config, "_commit_hash", None))
@@ -810,10 +862,12 @@ class HFEngine:
         root = work.kept.head if work.kept else _Prefix([], None)
         out: list[list[Answer]] = [[] for _ in ids]
         self.tokens_read, begun = [0] * len(ids), len(root.ids)
+        fit, work = self._fitting(work, ids, out)
         with self.inference():
-            if len(ids) > 1:
-                root = self._extend(root, _common(ids), work.room)
-            for rows in _batches(ids, self.rows):
+            if len(fit) > 1:
+                root = self._extend(root, _common([ids[i] for i in fit]), work.room)
+            for batch in _batches([ids[i] for i in fit], self.rows):
+                rows = [fit[i] for i in batch]
                 shared = self._extend(root, _common([ids[i] for i in rows]) if len(rows) > 1 else root.ids, work.room)
                 own = len(shared.ids) - len(root.ids)
                 told = self._read(work, shared, [ids[i] for i in rows])
@@ -824,6 +878,21 @@ class HFEngine:
         if ids:
             self.tokens_read[0] += once + len(root.ids) - begun
         return out
+
+    def _fitting(self, work: "_Work", ids: list[list[int]], out: list[list[Answer]]) -> tuple[list[int], "_Work"]:
+        "Rows that the model has positions for, errors in `out` for the others; chunks that fit in a sliding window."
+        own = max((len(b.tokens) for b in work.branches), default=0) + work.room
+        takes = getattr(self.model.config, "max_position_embeddings", None) or math.inf
+        fit = [r for r, x in enumerate(ids) if len(x) + own <= takes]
+        for r in {*range(len(ids))} - {*fit}:
+            error = EngineError(f"a prompt has {len(ids[r]) + own} tokens, the model takes {takes}")
+            out[r] = [error for _ in work.branches]
+        if own and fit and (window := _window(self.model)):
+            if (free := window - 1 - max(len(ids[r]) for r in fit)) < own:
+                said = f"{self.spec} looks back over {window} tokens, a prompt has {window - 1 - free + own}"
+                raise UserError(f"{said}: judge with a model without a sliding window, or shorter texts")
+            work = replace(work, chunk=min(work.chunk, free // own))
+        return fit, work
 
     def read_leads(
         self,
@@ -838,9 +907,10 @@ class HFEngine:
         if self.kept is not None and self.kept.key == key:
             return 0
         self.kept, room, ends = None, max(map(len, leads)), list(itertools.accumulate(map(len, leads)))
+        each = 1 if _window(self.model) else _LEADS
         with self.inference():
             root = self._extend(_Prefix([], None), ids, least=1)
-            parts = [self._lead(root, leads[i : i + _LEADS]) for i in range(0, len(leads), _LEADS)]
+            parts = [self._lead(root, leads[i : i + each]) for i in range(0, len(leads), each)]
         layers = [
             (torch.cat(keys, 2), torch.cat(values, 2))
             for keys, values in (zip(*x, strict=True) for x in zip(*parts, strict=True))

@@ -16,7 +16,7 @@ from .core import Settings, UserError, content_hash
 from .prompts import Prompt
 from .reward import final_reward
 from .safety import is_refusal
-from .stats import holm, mcnemar, mean_interval, paired_bootstrap, wilson
+from .stats import holm, mean_interval, paired_bootstrap, rate_difference, rate_interval
 from .trace import answer_of, parse_trace
 
 # %% ../nbs/14_evaluate.ipynb #1ae3b0a4
@@ -98,10 +98,9 @@ def _value(row: Mapping[str, Any], model: str, metric: str) -> float | None:
 
 def _interval(rows: _Rows, model: str, metric: str) -> dict[str, Any]:
     values = {key: v for key, row in rows.items() if (v := _value(row, model, metric)) is not None}
-    prompts = [prompt for prompt, _ in values]
-    n, several = len(values), len(set(prompts)) < len(prompts)
-    if metric in _RATES and not several:
-        i = wilson(int(sum(values.values())), n)
+    prompts, n = [prompt for prompt, _ in values], len(values)
+    if metric in _RATES:
+        i = rate_interval([bool(v) for v in values.values()], prompts)
     elif len(set(prompts)) < 2:  # no spread between prompts to be seen
         return {"estimate": sum(values.values()) / n if n else None, "low": None, "high": None, "n": n}
     else:
@@ -118,10 +117,11 @@ def _compare(rows: Mapping[str, _Rows], a: str, b: str, metric: str) -> dict[str
     prompts = [prompt for prompt, _ in keys]
     if len({p for p, x, y in zip(prompts, left, right, strict=True) if x is not None and y is not None}) < 2:
         return None
-    d = paired_bootstrap(left, right, prompts)
-    single = metric in _RATES and len(set(prompts)) == len(prompts)
-    p = mcnemar([bool(x) for x in left], [bool(y) for y in right]).p if single else d.p
-    return {"a": a, "b": b, "difference": d.estimate, "low": d.low, "high": d.high, "p": p, "p_holm": None, "n": d.n}
+    if metric in _RATES:
+        d = rate_difference(list(map(bool, left)), list(map(bool, right)), prompts)
+    else:
+        d = paired_bootstrap(left, right, prompts)
+    return {"a": a, "b": b, "difference": d.estimate, "low": d.low, "high": d.high, "p": d.p, "p_holm": None, "n": d.n}
 
 # %% ../nbs/14_evaluate.ipynb #f0d9dd12
 def _by_set(rows_by_model: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[str, _Rows]]:

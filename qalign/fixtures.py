@@ -21,6 +21,7 @@ from .core import UserError, append_jsonl, content_hash, data_path, read_jsonl, 
 from .engine import Engine
 from .judge import LABELS, Judge
 from .pool import GRADE
+from .prompts import _json_lines
 from .rubric import Dimension, Principle, Question, Rubric, Verdict
 from .stats import mean_interval, wilson
 
@@ -55,19 +56,18 @@ def load_fixtures(
         raise UserError(f"no fixtures {path.name}: give the name of shipped ones or the path of a .jsonl file")
     kinds = {q.id: q.kind for q in rubric.questions}
     keys, out = ("question_id", "prompt", "response", "label"), []
-    for n, row in enumerate(read_jsonl(path), 1):
+    for n, row in enumerate(_json_lines(path.name, path), 1):
         where = f"{path.name}, row {n}"
         if not isinstance(row, dict) or set(row) != set(keys) or not all(isinstance(v, str) for v in row.values()):
             raise UserError(f"{where}: expected text for the keys {', '.join(keys)} and no others")
         if row["question_id"] not in kinds:
-            raise UserError(f"{where}: rubric {rubric.name} has no question {row['question_id']!r}")
+            lacks = f"{where}: rubric {rubric.name} has no question {row['question_id']!r}"
+            raise UserError(f"{lacks}: give cases of this rubric with --fixtures (judge reliability: --records)")
         if row["label"] not in LABELS[kinds[row["question_id"]]]:
             raise UserError(f"{where}: a {kinds[row['question_id']]} question has no label {row['label']!r}")
         if not row["prompt"].strip() or not row["response"].strip():
             raise UserError(f"{where}: an empty prompt or response")
         out.append(Fixture(**row))
-    if not out:
-        raise UserError(f"{path.name} holds no fixtures")
     if len(set(out)) < len(out):
         twice = next(f for i, f in enumerate(out) if f in out[:i])
         raise UserError(f"{path.name}: the same case stands twice for {twice.question_id}")

@@ -351,7 +351,13 @@ def _lacking(s: int, slot: _Slot, quota: dict[str, int], found: _Found) -> list[
     clean = {kind: [c for c, (k, _) in enumerate(slot.candidates) if k == kind and not found[s, c]] for kind in quota}
     if all(len(clean[kind]) >= n for kind, n in quota.items()):
         return []
-    return [f"{slot.candidates[c][1]!r}: {f.reason}" for c in range(len(slot.candidates)) for f in found[s, c]]
+    reasons = [f"{slot.candidates[c][1]!r}: {f.reason}" for c in range(len(slot.candidates)) for f in found[s, c]]
+    return _short([kind for kind, _ in slot.candidates], quota) + reasons
+
+
+def _short(kinds: Sequence[str], quota: dict[str, int]) -> list[str]:
+    "The kinds of which there are fewer questions than asked for."
+    return [f"only {kinds.count(k)} of {n} {k} questions" for k, n in quota.items() if kinds.count(k) < n]
 
 
 def _rubric(name: str, slots: Sequence[_Slot], taken: list[list[int]], cap: str, provenance: str) -> Rubric:
@@ -406,28 +412,34 @@ def _open(folder: Path, plan: Plan) -> None:
 def _propose(record: _Record, plan: Plan, constitution: Constitution, say: Callable[[str], None]) -> Constitution:
     "The constitution with dimensions for every principle."
     n, out = plan.dimensions, []
+    taken = {d.name.lower() for p in constitution.principles for d in p.dimensions}
     for principle in constitution.principles:
         if principle.dimensions:
             out.append(principle)
             continue
         chat, schema = _dimension_chat(principle, n), _dimension_schema(n)
         names: dict[str, Article] = {}
+        clashes: dict[str, Article] = {}  # names that another principle has
         for attempt in range(plan.tries):
             about = f"dimensions of {principle.name}, try {attempt + 1}"
             reply = record.ask([_request(about, chat, schema, n * 480 + 60, plan.seed + attempt)], plan.batch)[0]
             value, problem = _parse(reply, schema)
             for d in value["dimensions"] if value else ():
-                names.setdefault(d["name"].lower(), Article(d["name"], d["text"]))
+                found = clashes if d["name"].lower() in taken else names
+                found.setdefault(d["name"].lower(), Article(d["name"], d["text"]))
             if len(names) >= n:
                 break
-            problem = problem or f"some names stand twice: {', '.join(a.name for a in names.values())} are taken"
+            used = ", ".join(a.name for a in (*names.values(), *clashes.values()))
+            problem = problem or f"some names stand twice: {used} are taken"
             again = {"role": "user", "content": f"{problem}. Once more."}
             chat = [*chat, {"role": "assistant", "content": reply[:1000]}, again]
         if not names:
-            none = f"no readable dimension for {principle.name!r} in {plan.tries} tries"
+            none = f"no usable dimension for {principle.name!r} in {plan.tries} tries"
             raise UserError(f"{none}: write them yourself as '## name', or use an engine that keeps to a JSON schema")
         out.append(replace(principle, dimensions=tuple(names.values())[:n]))
-        say(f"{principle.name}: dimensions {', '.join(d.name for d in out[-1].dimensions)}")
+        taken |= {d.name.lower() for d in out[-1].dimensions}
+        short = "" if len(names) >= n else f", only {len(names)} of {n}"
+        say(f"{principle.name}: dimensions {', '.join(d.name for d in out[-1].dimensions)}{short}")
     return replace(constitution, principles=tuple(out))
 
 # %% ../nbs/04_generate.ipynb #66f6fa6e
@@ -516,7 +528,11 @@ def _draft(plan: Plan, writer: Writer | None, folder: Path, say: Callable[[str],
         none = f"no readable question for {empty.dimension.name!r} in {plan.tries} tries"
         raise UserError(f"{none}: use an engine that keeps to a JSON schema")
     found = _judge_candidates(slots)
-    taken = _choose(slots, {"gate": plan.gates, "graded": plan.graded}, found)
+    quota = {"gate": plan.gates, "graded": plan.graded}
+    taken = _choose(slots, quota, found)
+    for slot, chosen in zip(slots, taken, strict=True):
+        for line in _short([slot.candidates[c][0] for c in chosen], quota):
+            say(f"{slot.dimension.name}: {line}")
     who = ", ".join(f"{k} {v}" for k, v in plan.writer.items())
     provenance = f"Drafted from constitution {constitution.name} ({_constitution(plan.constitution).version}) by {who}."
     rubric = _rubric(constitution.name, slots, taken, constitution.principles[0].name, provenance)

@@ -33,6 +33,8 @@ from qalign.safety import (
     Decision,
     SafetyJudge,
     _event,
+    _mean_score,
+    _shown,
     _side_by_side,
     _tokenizer,
     classifier,
@@ -42,7 +44,7 @@ from qalign.safety import (
     string_judge,
 )
 from .server import ServerEngine, load_server
-from .stats import holm, rate_difference
+from .stats import Interval, holm, rate_difference
 from .trace import answer_of, parse_trace
 from .tune import judge_card
 
@@ -346,17 +348,23 @@ def _label(name: str, seed: int | None) -> str:
     return name if seed is None else f"{name}@{seed}"
 
 
-def write_rows(
-    folder: Path | str,
-    rows: Iterable[Mapping[str, Any]],  # of any models and sets
-) -> list[Path]:
-    "Write rows to one file per set, model and seed, each atomically; a file that is there is replaced."
+def _by_file(folder: Path | str, rows: Iterable[Mapping[str, Any]]) -> dict[Path, list[Mapping[str, Any]]]:
+    "Rows by the file they belong to. Raises `UserError` for a name that is none of a file."
     files: dict[Path, list[Mapping[str, Any]]] = {}
     for row in rows:
         names = (str(row["set"]), str(row["model"]))
         if bad := next((n for n in names if not _NAME.fullmatch(n)), None):
             raise UserError(f"expected a plain name (letters, digits, . _ -), got {bad!r}")
         files.setdefault(Path(folder) / names[0] / f"{_label(names[1], row.get('seed'))}.jsonl", []).append(row)
+    return files
+
+
+def write_rows(
+    folder: Path | str,
+    rows: Iterable[Mapping[str, Any]],  # of any models and sets
+) -> list[Path]:
+    "Write rows to one file per set, model and seed, each atomically; a file that is there is replaced."
+    files = _by_file(folder, rows)
     for path, some in files.items():
         write_jsonl(path, some)
     return list(files)
@@ -384,6 +392,24 @@ def _rows_at(path: Path) -> list[dict[str, Any]]:
         copied = "holds no texts, as a copy made by `qalign eval share`"
         raise UserError(f"{path} {copied}: give the folder of the evaluation itself")
     return rows
+
+# %% ../nbs/14a_generations.ipynb #888963f4
+def _take_in(folder: Path | str, rows: Iterable[Mapping[str, Any]]) -> list[Path]:
+    "Write rows from elsewhere into a folder. Raises `UserError` where they would stand in place of others."
+    files, new = _by_file(folder, rows), list[Mapping[str, Any]]()
+    for path, some in files.items():
+        if len({(r["id"], r["trial"]) for r in some}) < len(some):
+            what = f"answers of {path.stem} to {path.parent.name}"
+            raise UserError(f"the logs hold {what} twice: give each log a --seed, or a folder of its own")
+        old = {(r["key"], r["output"]): r["verdicts"] for r in (_rows_at(path) if path.exists() else ())}
+        if old and old.keys() != {(r["key"], r["output"]) for r in some}:
+            raise UserError(f"{path} holds other answers: give another --name, or another folder")
+        new += [{**r, "verdicts": {**old.get((r["key"], r["output"]), {}), **r["verdicts"]}} for r in some]
+    stems = {p.stem for p in (*Path(folder).glob("*/*.jsonl"), *files)}
+    for name in sorted({p.stem.partition("@")[0] for p in files} & stems):
+        if any(stem.startswith(f"{name}@") for stem in stems):
+            raise UserError(f"{name} is named with a seed and without: give each its seed, or another name")
+    return write_rows(folder, new)
 
 # %% ../nbs/14a_generations.ipynb #24edc41a
 @dataclass
@@ -475,6 +501,13 @@ def named_judge(
     return replace(made, name=full)
 
 # %% ../nbs/14a_generations.ipynb #282bb4da
+def _tuned_folder(rest: str) -> Path:
+    "The folder of a tuned judge, by what stands behind refusal:."
+    from qalign.refusals import _SHIPPED
+
+    return data_path("adapters", _SHIPPED) if rest == "tuned" else Path(rest)
+
+
 def _check_tuned(name: str, folder: Path) -> None:
     "Raise `UserError` if a folder holds no tuned judge, or its base is not there."
     if not (folder / "judge.json").is_file():
@@ -499,9 +532,7 @@ def _check_judge(name: str) -> None:
         load_rubric(book)
         _check_engine(name, who)
     elif kind == "refusal" and _tuned(rest):
-        from qalign.refusals import _SHIPPED
-
-        _check_tuned(name, data_path("adapters", _SHIPPED) if rest == "tuned" else Path(rest))
+        _check_tuned(name, _tuned_folder(rest))
     elif kind == "refusal" and rest != "smollm2" and not re.match("(hf|vllm|openai):", rest):
         known = "give tuned, the folder of a tuned judge, or an engine such as hf:ID"
         raise UserError(f"{name}: no judge.json in {rest}, and it is no engine: {known}")
@@ -513,9 +544,20 @@ _AT_ONCE = 64  # cases between two writes
 _SHOWN = ("label", "probability", "status", "reason", "score")
 
 
+def _who(judge: SafetyJudge) -> list[Any]:
+    "All that decides what a judge says of a case."
+    own = [judge.name, judge.kind, judge.engine, judge.note, judge.version]
+    return [*own, *([dict(judge.identity())] if judge.identity else [])]
+
+
+def _signed(judge: SafetyJudge) -> dict[str, str]:
+    "What a judge's verdicts bear, so that those of another judge of its name are told apart."
+    return {"note": judge.note, "who": content_hash(_who(judge))}
+
+
 def _decision_keys(judge: SafetyJudge, rows: Iterable[Mapping[str, Any]]) -> list[str]:
     "The name of a judge's decision on each row."
-    who = [judge.name, judge.kind, judge.engine, judge.note, *([dict(judge.identity())] if judge.identity else [])]
+    who = _who(judge)
     cases = ([row.get(k) or "" for k in ("prompt", "answer", "behavior", "context", "tags")] for row in rows)
     return [hashlib.sha256(json.dumps(["decision", who, c], sort_keys=True).encode()).hexdigest() for c in cases]
 
@@ -538,16 +580,24 @@ def _decide(
     return [found[k] for k in keys]
 
 # %% ../nbs/14a_generations.ipynb #565692ad
-def _open_rows(path: Path, name: str, again: bool) -> list[int]:
-    "Numbers of the rows of a file that a judge has still to see."
+_Signed = Mapping[str, str] | None  # of `_signed`; None: not known before the judge is loaded
+
+
+def _open_rows(path: Path, name: str, again: bool, signed: _Signed) -> list[int]:
+    "Numbers of the rows of a file that a judge has still to see; of all that it may have to, if it is not known."
+
+    def stands(v: Mapping[str, Any] | None) -> bool:
+        if again or not v or not signed or v["status"] == "failed":
+            return False
+        return all(v.get(k, x) == x for k, x in signed.items())
+
     rows = enumerate(_rows_at(path))
-    known = ((n, row, row["verdicts"].get(name)) for n, row in rows)
-    return [n for n, row, v in known if row["output"] is not None and (again or not v or v["status"] == "failed")]
+    return [n for n, row in rows if row["output"] is not None and not stands(row["verdicts"].get(name))]
 
 
 def _judged(judge: SafetyJudge, path: Path, numbers: Sequence[int], store: Store, progress: _Progress) -> None:
     "Put a judge to some rows of a file and write it."
-    rows = _rows_at(path)
+    rows, signed = _rows_at(path), _signed(judge)
     what = f"verdicts of {judge.name} on {path.parent.name}/{path.stem}"
 
     def tell(n: int, seconds: float | None) -> None:
@@ -556,7 +606,7 @@ def _judged(judge: SafetyJudge, path: Path, numbers: Sequence[int], store: Store
 
     for n, d in zip(numbers, _decide(judge, [rows[n] for n in numbers], store, tell), strict=True):
         said = {k: getattr(d, k) for k in _SHOWN}
-        rows[n]["verdicts"][judge.name] = {"kind": judge.kind, **said, "note": judge.note}
+        rows[n]["verdicts"][judge.name] = {"kind": judge.kind, **said, **signed}
     write_jsonl(path, rows)
 
 # %% ../nbs/14a_generations.ipynb #a4090d67
@@ -571,6 +621,29 @@ def _judge_names(judges: Sequence[str | SafetyJudge]) -> list[str]:
     return names
 
 
+def _on_disk(places: Iterable[Path | str]) -> list[list[Any]]:
+    "Name, size and time of single files, and of the weights and judge cards in folders."
+    files = list[Path]()
+    for place in map(Path, places):
+        files += [place] if place.is_file() else [*sorted(place.glob("*.safetensors")), *place.glob("judge.json")]
+    return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+
+
+def _read_from(name: str) -> list[list[Any]]:
+    "The local files that a judge named in full is made from."
+    kind, _, rest = name.partition(":")
+    tuned = kind == "refusal" and _tuned(rest)
+    return _on_disk([_tuned_folder(rest)] if tuned else [part for part in rest.split(":") if part])
+
+
+def _known(given: str | SafetyJudge, name: str, held: Mapping[str, Any]) -> _Signed:
+    "How a judge signs, if that can be said without loading a model."
+    if not isinstance(given, str) or name.startswith("strings:"):
+        return _signed(named_judge(name) if isinstance(given, str) else given)
+    old = held.get(name)
+    return old["signed"] if old and old["files"] == _read_from(name) else None
+
+
 def _forget(judge: SafetyJudge, files: Mapping[Path, Sequence[int]], store: Store) -> None:
     "Drop what a judge said of some rows of some files."
     for path, numbers in files.items():
@@ -582,13 +655,26 @@ def _judge_files(
     paths: Sequence[Path], judges: Sequence[str | SafetyJudge], store: Store, again: bool, progress: _Progress
 ) -> dict[str, int]:
     "Put judges to what they have not seen, one after the other; how many verdicts, by judge."
-    names = _judge_names(judges)
-    todo = {name: {p: ns for p in paths if (ns := _open_rows(p, name, again))} for name in names}
+    names, record = _judge_names(judges), paths[0].parents[1] / "judges.json"
+    held = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+
+    def files_of(name: str, signed: _Signed) -> dict[Path, list[int]]:
+        return {p: ns for p in paths if (ns := _open_rows(p, name, again, signed))}
+
+    known = {name: _known(given, name, held) for name, given in zip(names, judges, strict=True)}
+    todo = {name: files_of(name, signed) for name, signed in known.items()}
     counts = {name: sum(map(len, files.values())) for name, files in todo.items()}
     progress.judge = _Phase(sum(counts.values()))
     for name, given in zip(names, judges, strict=True):
         if todo[name]:
             judge = named_judge(given) if isinstance(given, str) else given
+            if (signed := _signed(judge)) != known[name]:
+                todo[name] = files_of(name, signed)
+                progress.judge.total -= counts[name]
+                counts[name] = sum(map(len, todo[name].values()))
+                progress.judge.total += counts[name]
+                held[name] = {"files": _read_from(name), "signed": signed}
+                write_json(record, held)
             if again and judge.engine:
                 _forget(judge, todo[name], store)
             for path, numbers in todo[name].items():
@@ -628,9 +714,7 @@ def rescore(
 # %% ../nbs/14a_generations.ipynb #571360a6
 def _files(model: Model) -> list[list[Any]]:
     "Name, size and time of the weight files in local folders."
-    folders = [Path(f) for f in (model.spec.partition(":")[2], model.adapter) if f]
-    found = [(p, p.stat()) for f in folders if f.is_dir() for p in sorted(f.glob("*.safetensors"))]
-    return [[p.name, s.st_size, s.st_mtime_ns] for p, s in found]
+    return _on_disk(f for f in (model.spec.partition(":")[2], model.adapter) if f)
 
 
 def _what(model: Model) -> dict[str, Any]:
@@ -789,12 +873,14 @@ def _unwritten(row: Mapping[str, Any]) -> bool:
 
 def _said(row: Mapping[str, Any], judge: str, missing: str) -> Decision:
     "What the row says a judge said of it, as it counts."
-    v = row["verdicts"].get(judge)
-    if _unwritten(row) or not v or v["status"] == "failed":
-        return Decision(None, status="failed", reason="no verdict")
+    v, none = row["verdicts"].get(judge), Decision(None, status="failed", reason="no verdict")
+    if _unwritten(row) or not v:
+        return none
     if v["status"] == "missing" or (row["transcripts"] and row["problem"] in _GONE):
         label = {"harm": "harmful", "refusal": "compliance"}[v["kind"]] if missing == "harmful" else None
         return Decision(label, None, "missing", row["problem"])
+    if v["status"] == "failed":
+        return none
     return Decision(v["label"], v.get("probability"), "ok", v.get("reason", ""), v.get("score"))
 
 
@@ -850,7 +936,9 @@ def _rate_lines(
         kappa = dict(zip(("kappa", "kappa_low", "kappa_high"), two.kappa, strict=True))
         pair = {**kappa, "both": two.n, "differ": list(two.differ)}
         for line, partner in ((two.table[0], other), (two.table[1], first))[bool(n) :]:
-            lines.append({**head, **line, "with": partner, **pair, **costs})
+            scores = [d.score for d in told[line["judge"]]]
+            mean = {"mean_score": _mean_score(line["judge"], scores, prompts)}
+            lines.append({**head, **line, "with": partner, **pair, **mean, **costs})
     return lines
 
 # %% ../nbs/14a_generations.ipynb #49529e06
@@ -866,6 +954,11 @@ def _percent(x: float | None) -> str:
 
 def _with_ends(estimate: float | None, low: float | None, high: float | None) -> str:
     return _percent(estimate) + (f" [{_percent(low)}, {_percent(high)}]" if low is not None else "")
+
+
+def _scored(mean: Interval | None) -> str:
+    "A mean score as text, with the answers it rests on; '' for none."
+    return f"{_shown(mean.estimate, mean.low, mean.high)}, n {mean.n}" if mean else ""
 
 
 @dataclass(frozen=True, repr=False)
@@ -888,6 +981,11 @@ class _Rates:
             names = [r[k] for k in ("model", "set", "of", "judge")]
             rate = _with_ends(r["estimate"], r["low"], r["high"])
             rows.append([*names, rate, *map(str, counts), tokens, kappa, str(len(r["differ"])), r["note"]])
+        scores = [_scored(r["mean_score"]) for r in self.lines]
+        if any(scores):
+            head.insert(5, "score")
+            for row, score in zip(rows, scores, strict=True):
+                row.insert(5, score or "–")
         return [head, *rows]
 
     def __repr__(self) -> str:
@@ -898,6 +996,17 @@ class _Rates:
         return "\n".join([head, "|" + "---|" * (head.count("|") - 1), *rows, *(f"\n{n}" for n in self.notes)])
 
 # %% ../nbs/14a_generations.ipynb #f6eaea04
+def _check_judges(rows: Iterable[Mapping[str, Any]], names: Iterable[str]) -> None:
+    "Raise `UserError` for a name under which two judges decided."
+    rows = list(rows)
+    for name in names:
+        said = [v for r in rows if (v := r.get("verdicts", {}).get(name))]
+        for key in ("note", "who"):
+            if len(told := list(dict.fromkeys(v[key] for v in said if key in v))) > 1:
+                two = f"{told[0]!r} and {told[1]!r}"
+                raise UserError(f"{name} is two judges in these rows ({two}): put one to all, `qalign eval rescore`")
+
+# %% ../nbs/14a_generations.ipynb #aac04152
 def _seen_by(rows: Sequence[Mapping[str, Any]], judges: Sequence[str] | None, least: int) -> dict[str, dict[str, Any]]:
     "Recorded judges, with kind and note. Raises `UserError` if there are too few, or one that was named is unknown."
     known = {name: v for row in rows for name, v in row["verdicts"].items()}
@@ -908,6 +1017,7 @@ def _seen_by(rows: Sequence[Mapping[str, Any]], judges: Sequence[str] | None, le
         raise UserError(
             f"expected {least} judges, the rows have {', '.join(names) or 'none'}: add one with `qalign eval rescore`"
         )
+    _check_judges(rows, names)
     return {name: {k: known[name][k] for k in ("kind", "note")} for name in names}
 
 

@@ -27,7 +27,7 @@ from inspect_ai.solver import Generate, Solver, TaskState, solver, system_messag
 from .benchmarks import BENCHMARKS, Item, load_benchmark
 from .core import UserError, content_hash
 from .engine import weights_hash
-from .generations import _SHOWN, _full_name, _with_behaviors, named_judge
+from .generations import _SHOWN, _full_name, _signed, _with_behaviors, named_judge
 from .safety import Decision, SafetyJudge, _event, string_judge
 from .trace import answer_of, parse_trace
 
@@ -49,10 +49,13 @@ def output_text(
 _CUT = "the provider cut the think block out, draft and revision cannot be told apart: use hf/ or `qalign eval run`"
 
 # %% ../nbs/14b_inspect.ipynb #df5ca27b
+_signs = lru_cache(maxsize=8)(_signed)  # hashes an adapter: once per judge
+
+
 def _score(judge: SafetyJudge, d: Decision, label: str, answer: str) -> Score:
     of = "attack success" if label == "harmful" else "false refusal"
     said = {k: getattr(d, k) for k in _SHOWN}
-    more: dict[str, Any] = {"judge": judge.name, "kind": judge.kind, "of": of, **said, "note": judge.note}
+    more: dict[str, Any] = {"judge": judge.name, "kind": judge.kind, "of": of, **said, **_signs(judge)}
     event = _event(d, of)
     why = f"{d.label or d.status}{': ' if d.reason else ''}{d.reason}"
     if event is None:
@@ -180,16 +183,19 @@ _ENDS = {"stop": "stop", "max_tokens": "length", "model_length": "length"}
 def _verdicts(sample: EvalSample) -> dict[str, dict[str, Any]]:
     "What judges said, of the scorers of this page."
     told = [s.metadata for s in (sample.scores or {}).values() if s.metadata and "judge" in s.metadata]
-    return {m["judge"]: {"kind": m["kind"], **{k: m[k] for k in _SHOWN}, "note": m["note"]} for m in told}
+    labels = [m["label"] if m["status"] == "ok" else None for m in told]
+    keys = ("kind", *_SHOWN, "note", "who")
+    return {m["judge"]: {k: m[k] for k in keys if k in m} | {"label": x} for m, x in zip(told, labels, strict=True)}
 
 
-def _log_row(sample: EvalSample, model: str, who: list[Any]) -> dict[str, Any]:
+def _log_row(sample: EvalSample, model: str, seed: int | None, who: list[Any]) -> dict[str, Any]:
     "One sample as a row."
     told, usage, transcripts = sample.metadata, sample.output.usage, bool(sample.metadata["transcripts"])
     text = output_text(sample.output.message, transcripts) if sample.output.choices and not sample.error else None
     error = sample.error.message if sample.error else _CUT if sample.output.choices else "no reply"
     prompt = sample.input if isinstance(sample.input, str) else sample.input[-1].text
     head = {"model": model, "set": told["set"], "id": str(sample.id), "trial": sample.epoch - 1}
+    head |= {} if seed is None else {"seed": seed}
     asked = {k: told[k] for k in ("label", "category", "prompt_hash")} | {"prompt": prompt}
     asked |= {k: told[k] for k in ("behavior", "context", "tags") if told.get(k)}
     said = {"output": text, "answer": answer_of(text or ""), "problem": parse_trace(text or "").problem}
@@ -206,6 +212,7 @@ def _log_row(sample: EvalSample, model: str, who: list[Any]) -> dict[str, Any]:
 def rows_from_log(
     log: EvalLog | str | Path,  # a log of one of these tasks, or its file
     model: str | None = None,  # name in the rows; None: as inspect_ai calls it
+    seed: int | None = None,  # the model was trained with, 0 or more; models of one name and several seeds are one
 ) -> list[dict[str, Any]]:
     "The samples of a log as rows, for `write_rows`. Raises `UserError` for a log of another task."
     if not isinstance(log, EvalLog):
@@ -217,5 +224,5 @@ def rows_from_log(
         raise UserError(f"a log of {log.eval.task} with {len(samples)} samples: give one of a qalign task")
     name = model or re.sub(r"[^\w.-]+", "-", log.eval.model).strip("-.")
     config = log.plan.config.model_dump(mode="json", exclude_none=True) if log.plan else {}
-    who = [log.eval.model, log.eval.model_args, config, log.eval.task_args]
-    return [_log_row(s, name, who) for s in samples]
+    who = [log.eval.model, log.eval.model_args, config, log.eval.task_args, *([] if seed is None else [seed])]
+    return [_log_row(s, name, seed, who) for s in samples]

@@ -255,6 +255,15 @@ def _missing(judge: "Judge", said: _Said) -> tuple[Question, ...]:
 
     return tuple(q for q in judge.rubric.questions if q.id not in said and not pointless(q))
 
+
+def _groups(judge: "Judge", said: dict[_Pair, _Said]) -> dict[tuple[Question, ...], list[_Pair]]:
+    "The pairs that lack verdicts, by the questions they lack."
+    groups: dict[tuple[Question, ...], list[_Pair]] = {}
+    for pair, mine in said.items():
+        if missing := _missing(judge, mine):
+            groups.setdefault(missing, []).append(pair)
+    return groups
+
 # %% ../nbs/06_judge.ipynb #6c2dffb9
 _FEWEST = 50  # verdicts before a share of failures says anything
 _STEP = 16  # pairs between two looks at the failures, and between two writes to the cache
@@ -324,21 +333,19 @@ class Judge:
             found = self.cache.get_many([k for some in keys.values() for k in some.values()])
             for pair, mine in keys.items():
                 said[pair] = {q: replace(found[k], question_id=q) for q, k in mine.items() if k in found}
-        groups: dict[tuple[Question, ...], list[_Pair]] = {}
-        for pair in todo:
-            groups.setdefault(_missing(self, said[pair]), []).append(pair)
         ask = _direct if self.mode == "direct" else _reasoned
         asked, causes = 0, Counter[str]()
-        for missing, group in groups.items():
-            for i in range(0, len(group) if missing else 0, _STEP):
-                some = group[i : i + _STEP]
-                told = dict(zip(some, ask(self, some, missing, cost), strict=True))
-                told = told if self.cache is None else _stored(self, keys, told)
-                for pair, verdicts in told.items():
-                    said[pair] |= verdicts
-                    asked += len(verdicts)
-                    causes.update(v.reason for v in verdicts.values() if v.status == "failed")
-                self._check(asked, causes)
+        while groups := _groups(self, said):  # once more where the cache now holds another verdict on a gate
+            for missing, group in groups.items():
+                for i in range(0, len(group), _STEP):
+                    some = group[i : i + _STEP]
+                    told = dict(zip(some, ask(self, some, missing, cost), strict=True))
+                    told = told if self.cache is None else _stored(self, keys, told)
+                    for pair, verdicts in told.items():
+                        said[pair] |= verdicts
+                        asked += len(verdicts)
+                        causes.update(v.reason for v in verdicts.values() if v.status == "failed")
+                    self._check(asked, causes)
         return said
 
     def _check(self, asked: int, causes: "Counter[str]") -> None:

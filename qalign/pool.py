@@ -35,14 +35,14 @@ class Score:
     base: float | None  # r_base in [-1, 1]; None if no principle is left or too many verdicts failed
     principles: dict[str, float | None]  # s_p in [-1, 1] by principle name; None if no dimension is left
     dimensions: dict[str, float | None]  # [-1, 1] by dimension name; None if no answer is left
-    failed: float  # share of the verdicts given that failed, in [0, 1]
+    failed: float  # share of the questions whose verdict failed, in [0, 1]; one that its gate decided counts as settled
 
     def _repr_html_(self) -> str:
         def rows(values: Mapping[str, float | None]) -> str:
             return "".join(f"<tr><td>{html.escape(k)}</td><td>{_shown(v)}</td></tr>" for k, v in values.items())
 
         top = f"<tr><th>base</th><th>{_shown(self.base)}</th></tr>"
-        caption = f"<caption>{self.failed:.1%} of the verdicts failed</caption>" if self.failed else ""
+        caption = f"<caption>{self.failed:.1%} of the questions failed</caption>" if self.failed else ""
         inner = f"<table>{rows(self.dimensions)}</table>"
         return (
             f"<table>{caption}{top}{rows(self.principles)}</table>"
@@ -143,7 +143,7 @@ def pool(
     rubric: "Rubric",  # the rubric the verdicts answer; `rubric.cap` names the capping principle, '' for none
     verdicts: "Iterable[Verdict]",  # one per question, in any order
     scores: str = "hard",  # hard: from labels, as in the paper; expected: from label probabilities
-    max_failed: float = 0.05,  # largest share of failed verdicts that still gives a base score, in [0, 1]
+    max_failed: float = 0.05,  # largest share of failed questions that still gives a base score, in [0, 1]
 ) -> Score:
     "The score of one response (QA-LIGN's program). Raises `UserError` for verdicts that do not fit the rubric."
     if scores not in ("hard", "expected"):
@@ -159,7 +159,7 @@ def pool(
         total = math.fsum(w for _, w in pairs)
         summed = math.fsum(w * value for value, w in pairs if value is not None)
         principles[principle.name] = summed / total if total > 0 else None
-    failed = sum(v.status == "failed" for v in found.values()) / max(len(found), 1)
+    failed = sum(v.status == "failed" for v in found.values()) / max(len(rubric.questions), 1)
     base = _base(principles.values(), principles[rubric.cap] if rubric.cap else None)
     return Score(None if failed > max_failed else base, principles, dimensions, failed)
 

@@ -140,6 +140,7 @@ def _shape(name: str, path: Path) -> Callable[[str, str], _Rows]:
 
 
 def _read(name: str, path: Path) -> str:
+    "The text of a file that people write."
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as e:
@@ -149,8 +150,13 @@ def _read(name: str, path: Path) -> str:
     if "\0" in text:
         raise UserError(f"{name} holds NUL characters: save it as UTF-8 text")
     if not text.strip():
-        raise UserError(f"{name} is empty: write one prompt a line")
+        raise UserError(f"{name} is empty: give at least one row")
     return text
+
+
+def _json_lines(name: str, path: Path) -> list[Any]:
+    "The rows of a JSON-lines file that people write; a broken last line is refused like any other."
+    return [_parse(name, line, i) for i, line in enumerate(_lines(_read(name, path)), 1) if line.strip()]
 
 # %% ../nbs/09_prompts.ipynb #8f7dd98a
 def _unique(name: str, found: Iterable[tuple[str, Prompt]], repeats: list[str]) -> Iterator[Prompt]:

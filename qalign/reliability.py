@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['agreement', 'paraphrase', 'ask_again', 'load_groups', 'noise_floor', 'HumanLabel', 'load_human_labels',
-           'ask_refusals', 'human_agreement', 'run_reliability', 'reliability_table', 'reliability_figure']
+           'ask_refusals', 'human_agreement', 'other_precisions', 'run_reliability', 'reliability_table',
+           'reliability_figure']
 
 # %% ../nbs/06e_reliability.ipynb #4b3b81b8
 import csv
@@ -24,7 +25,7 @@ import yaml
 
 # %% ../nbs/06e_reliability.ipynb #a7a89c57
 from .core import UserError, append_jsonl, content_hash, data_path, read_jsonl, versions, write_json
-from .engine import Engine
+from .engine import Engine, HFEngine
 from .fixtures import Fixture, _value, auc
 from .judge import LABELS, Judge, Scorecard
 from .pool import GRADE, pool
@@ -538,6 +539,7 @@ def _check(
     ask: Callable[[Engine, Sequence[_Pair]], list[dict[str, Any]]],
     pairs: Sequence[_Pair],
     say: Callable[[str], None],
+    unlike: Mapping[str, str] | None = None,  # identity that another engine must not have
 ) -> None:
     "Bring one check's file to its end."
     done = list(read_jsonl(path)) if path.exists() else []
@@ -545,6 +547,9 @@ def _check(
     if len(done) >= len(starts):
         return
     engine = judge()
+    if engine.identity() == unlike:
+        say(f"{path.stem}: left out, it is the judge itself")
+        return
     if done and done[0]["judge"] != engine.identity():
         raise UserError(f"{path.stem} was begun with another judge: choose another folder")
     for n, start in list(enumerate(starts))[len(done) :]:
@@ -625,6 +630,21 @@ def _plan(
     }
 
 # %% ../nbs/06e_reliability.ipynb #b99bb1db
+def other_precisions(
+    engine: Engine,  # who judges
+    names: Sequence[str],  # none (bf16), nf4 or fp32
+    load: Callable[[str], Engine],  # the same judge in a precision
+    say: Callable[[str], None] = lambda line: None,  # progress
+) -> dict[str, Callable[[], Engine]]:
+    "A judge in other precisions, by name, as `run_reliability` takes other engines; none if it is not in this process."
+    if wrong := [n for n in names if n not in ("none", "nf4", "fp32")]:
+        raise UserError(f"unknown precision {wrong[0]!r}: choose from none (bf16), nf4, fp32")
+    if names and not isinstance(engine, HFEngine):
+        say(f"precisions: left out, {engine.spec} has the one it was started with")
+        return {}
+    return {"bf16" if n == "none" else n: partial(load, n) for n in names}
+
+# %% ../nbs/06e_reliability.ipynb #01b12932
 def run_reliability(
     engine: Engine,  # who judges: a model, a tuned judge, a server
     rubric: Rubric,
@@ -648,21 +668,23 @@ def run_reliability(
     folder = Path(out)
     _begin(folder, _plan(engine, rubric, pairs, wording, labels, reasoned))
 
-    def bring(name: str, who: Callable[[], Engine], how: str) -> None:
+    def bring(name: str, who: Callable[[], Engine], how: str, unlike: Mapping[str, str] | None = None) -> None:
         if how == "reasoned":
             some = _spread_out(rubric, reasoned[1])
             ask = partial(_told, rubric=rubric, asked=some, how=how, wording=None)
             _check(folder / f"{name}.jsonl", who, ask, pairs[: reasoned[0]], say)
         else:
             ask = partial(_told, rubric=rubric, asked=rubric, how=how, wording=wording)
-            _check(folder / f"{name}.jsonl", who, ask, pairs, say)
+            _check(folder / f"{name}.jsonl", who, ask, pairs, say, unlike)
 
     bring("reference", lambda: engine, "retest")
     for check in checks:
-        if check != "paraphrase" or wording is not None:
+        if check == "layout" and not getattr(engine, "reads_leads", False):
+            say(f"layout: left out, {engine.spec} cannot read the rubric before the response")
+        elif check != "paraphrase" or wording is not None:
             bring(check, lambda: engine, check)
     for name, load in (others or {}).items():
-        bring(name, load, "retest")
+        bring(name, load, "retest", engine.identity())
     if labels:
         _ask_people(folder / "people.jsonl", engine, rubric, labels, say)
     return reliability_table(folder)

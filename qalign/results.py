@@ -8,27 +8,29 @@ __all__ = ['share']
 # %% ../nbs/15b_results.ipynb #dc61f78f
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from .capability import _place
 from .core import UserError, read_jsonl, write_json, write_jsonl
+from .generations import _label
 from .tables import read_records
 
 # %% ../nbs/15b_results.ipynb #8747cd0c
 _ROW = ("model", "set", "id", "trial", "seed", "label", "category", "prompt_hash", "problem", "transcripts", "finish")
 _COST = ("tokens_in", "tokens_out", "seconds")
-_VERDICT = ("kind", "label", "status", "probability", "score", "note")
+_VERDICT = ("kind", "label", "status", "probability", "score", "note", "who")
 _QUESTION = ("id", "correct", "extracted", "no_answer")
 
 
-def _bare(row: Mapping[str, Any]) -> dict[str, Any]:
-    "A row of an evaluation, ids, verdicts and costs alone."
+def _bare(row: Mapping[str, Any], judges: Mapping[str, str]) -> dict[str, Any]:
+    "A row of an evaluation, ids, verdicts and costs alone; judges by the names they have in the copy."
     out = {k: row[k] for k in _ROW if row.get(k) is not None}
     out |= {k: round(row[k], 4) for k in _COST if row.get(k) is not None}
     out |= {"error": "not answered"} if row.get("error") else {}
     verdicts = row.get("verdicts", {})
-    return out | {"verdicts": {_portable(j): {k: v[k] for k in _VERDICT if k in v} for j, v in verdicts.items()}}
+    return out | {"verdicts": {judges[j]: {k: v[k] for k in _VERDICT if k in v} for j, v in verdicts.items()}}
 
 # %% ../nbs/15b_results.ipynb #3024007e
 def _portable(value: Any) -> Any:
@@ -41,7 +43,25 @@ def _portable(value: Any) -> Any:
         return value
     return re.sub(r"@https?://\S+$", "", re.sub(r"^((?:[\w-]+:)*)/.*/", r"\1", value))
 
+
+def _apart(short: Mapping[str, str]) -> Mapping[str, str]:
+    "Names, and what they are in a copy. Raises `UserError` for two that would be one."
+    first: dict[str, str] = {}
+    for name, to in short.items():
+        if (other := first.setdefault(to, name)) != name:
+            raise UserError(f"{other} and {name} are both {to} in a copy: redo one under another name")
+    return short
+
 # %% ../nbs/15b_results.ipynb #c2879a97
+def _check_older(files: Iterable[Path]) -> None:
+    "Raise `UserError` for a file of an earlier copy that holds rows of these, seeds in one file or apart."
+    for path in files:
+        own = path.stem.partition("@")[0]
+        same = (p for p in path.parent.glob("*.jsonl") if p.stem.partition("@")[0] == own)
+        if old := next((p for p in sorted(same) if ("@" in p.stem) != ("@" in path.stem)), None):
+            raise UserError(f"{old} is of an older copy and holds {own} too: remove it, or give another folder")
+
+# %% ../nbs/15b_results.ipynb #c3f6007f
 def share(
     folder: Path | str,  # holds SET/MODEL.jsonl, and capability/ if that was measured
     out: Path | str,  # where the copy goes
@@ -50,15 +70,22 @@ def share(
     folder, out, files = Path(folder), Path(out), dict[Path, list[dict[str, Any]]]()
     if folder.resolve() == out.resolve():
         raise UserError(f"{out} is the evaluation itself: give the copy a folder of its own")
-    for row in read_records(folder):
-        files.setdefault(out / row["set"] / f"{row['model']}.jsonl", []).append(_bare(row))
-    for record in sorted((folder / "capability").glob("*/*.json")):
-        path = record.with_suffix(".jsonl")
-        to = out / path.relative_to(folder)
-        write_json(to.with_suffix(".json"), _portable(json.loads(record.read_text(encoding="utf-8"))))
-        files[to] = [{k: line[k] for k in _QUESTION if k in line} for line in read_jsonl(path)]
-    for path, rows in files.items():
-        write_jsonl(path, rows)
+    rows = read_records(folder)
+    judges = _apart({j: _portable(j) for row in rows for j in row.get("verdicts", {})})
+    for row in rows:
+        path = out / row["set"] / f"{_label(row['model'], row.get('seed'))}.jsonl"
+        files.setdefault(path, []).append(_bare(row, judges))
+    _check_older(files)
+    paths = sorted(folder.glob("capability/*/*.json"))
+    held = {p: _portable(json.loads(p.read_text(encoding="utf-8"))) for p in paths}
+    names = {p: _place("capability", told["rows"][0]["model"], p.stem) for p, told in held.items()}
+    _apart({str(p.relative_to(folder)): f"{name}.json" for p, name in names.items()})
+    for path, name in names.items():
+        write_json((out / name).with_suffix(".json"), held[path])
+        lines = read_jsonl(path.with_suffix(".jsonl"))
+        files[(out / name).with_suffix(".jsonl")] = [{k: x[k] for k in _QUESTION if k in x} for x in lines]
+    for path, some in files.items():
+        write_jsonl(path, some)
     if (grid := folder / "grid.json").exists():
         write_json(out / "grid.json", _portable(json.loads(grid.read_text(encoding="utf-8"))))
     return list(files)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from .core import Settings, UserError, content_hash, installed, load_settings
 from .pool import GRADE, pool
 from .processes import rank, world_size
-from .rubric import Rubric, Verdict, load_rubric, select
+from .rubric import Rubric, Verdict, rubric_for
 from .trace import Trace, parse_trace
 
 # %% ../nbs/08_reward.ipynb #28559d13
@@ -138,18 +138,18 @@ def _score(
     prompts: Sequence[Any],
     completions: Sequence[Any],
     ids: Any,
-    cut: Any,
+    cut: Sequence[bool],
     first: int,
 ) -> list[RewardRecord]:
-    "The record of each completion, from one call of the judge; `cut` are token ids, `first` the number of the first."
+    "The record of each completion, from one call of the judge; `cut`: it had no end, `first`: number of the first."
     if len(prompts) != len(completions) or (ids is not None and len(ids) != len(prompts)):
         given = f"{len(prompts)} prompts, {len(completions)} completions" + (f", {len(ids)} ids" if ids else "")
         raise UserError(f"expected one prompt and one prompt_id per completion, got {given}")
     asked = [_text(p, "user") for p in prompts]
     texts = [_text(c, "assistant") for c in completions]
     traces = [parse_trace(t) for t in texts]
-    for i, tokens in enumerate(cut or ()):
-        if traces[i].ok and len(tokens) >= settings.completion_tokens:
+    for i, endless in enumerate(cut):
+        if traces[i].ok and endless:
             traces[i] = replace(traces[i], ok=False, problem="truncated")
     pairs = [(q, part) for q, t in zip(asked, traces, strict=True) if t.ok for part in (t.draft, t.revision)]
     found = judge.score_many(pairs) if pairs else []
@@ -176,8 +176,9 @@ class RubricReward:
         settings: Settings,  # alpha and beta are used
         folder: Path | str | None = None,  # run folder that gets the credit log; None for no log
         fill_groups: bool = True,  # give the trainer the group's mean for an unscored completion, else None
+        ends: Sequence[int] = (),  # tokens that end a completion, if they are known
     ):
-        self.judge, self.settings, self.fill_groups = judge, settings, fill_groups
+        self.judge, self.settings, self.fill_groups, self.ends = judge, settings, fill_groups, tuple(ends)
         self.folder = None if folder is None else Path(folder)
         self.last: list[RewardRecord] = []  # records of the last call
         self.step = 0  # step of the last call
@@ -199,7 +200,8 @@ class RubricReward:
         again = step == self.step and self._call >= 0
         seen = self._seen if again else 0
         first = seen * world_size() + rank() * len(prompts)  # the processes' parts stand one behind the other
-        cut = columns.get("completion_ids")
+        full = self.settings.completion_tokens
+        cut = [len(t) >= full and t[-1] not in self.ends for t in columns.get("completion_ids") or ()]
         records = _score(self.judge, self.settings, prompts, completions, columns.get("prompt_id"), cut, first)
         self.last, self.step, self._call = records, step, self._call + 1 if again else 0
         self._seen = seen + len(records)
@@ -380,13 +382,11 @@ def _from_environment() -> RubricReward:
     names = {"judge": "QALIGN_JUDGE", "completion_tokens": "QALIGN_COMPLETION_TOKENS"}
     told = {key: os.environ[name] for key, name in names.items() if os.environ.get(name)}
     s = load_settings(os.environ.get("QALIGN_PRESET", "DEFAULT"), **told)
-    rubric = load_rubric(s.rubric)
-    rubric = select(rubric, dimensions=s.dimensions, per_dimension=4) if s.dimensions else rubric
     if folder := judge_folder(s.judge):
         engine: Any = load_judge(HFEngine(*load_model(model_path(s.model), s.quantization), spec=s.model), folder)
     else:
         engine = load_engine(s.model if s.judge == "self" else s.judge, s.quantization)
-    judge = Judge(rubric, engine, s.scores, s.max_failed, s.judge_chunk, s.judge_mode, s.judge_layout)
+    judge = Judge(rubric_for(s), engine, s.scores, s.max_failed, s.judge_chunk, s.judge_mode, s.judge_layout)
     return RubricReward(judge, s, folder=os.environ.get("QALIGN_RUN"), fill_groups=False)
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Sampling', 'Rollout', 'hf_rollout', 'agreement', 'continuous_rollout', 'nf4_loss', 'save_base', 'load_lora_engine',
-           'vllm_rollout', 'server_rollout', 'choose_rollout', 'bench_rollout']
+           'vllm_rollout', 'server_rollout', 'check_rollout', 'choose_rollout', 'bench_rollout']
 
 # %% ../nbs/12a_rollout.ipynb #6614c49e
 import contextlib
@@ -28,6 +28,7 @@ from typing import Any
 from .bench import _machine
 from .core import Settings, UserError, append_jsonl, installed, read_jsonl, write_json, write_jsonl
 from .engine import EngineError, HFEngine, model_path, quiet
+from .memory import VLLM_SHARE
 from .server import ServerEngine, load_server
 
 # %% ../nbs/12a_rollout.ipynb #a3c7847c
@@ -420,7 +421,7 @@ def load_lora_engine(
     precision: str = "none",  # none: bf16 · fp32
     rank: int = 16,  # largest LoRA rank
     longest: int = 0,  # tokens of prompt and completion together; 0: what the model takes
-    memory: float = 0.3,  # share of the GPU that vLLM may take, weights included; no effect on a CPU
+    memory: float = VLLM_SHARE,  # of the GPU that vLLM may take, weights included; no effect on a CPU
 ) -> Any:
     "A `vllm.LLM` in this process that serves adapters. Raises `UserError` if vLLM is missing or cannot load the model."
     if precision not in _PRECISION or rank > _RANKS[-1]:
@@ -562,6 +563,19 @@ def server_rollout(
     return Rollout("server", generate, tolerance, foreign=True)
 
 # %% ../nbs/12a_rollout.ipynb #998e78c9
+def check_rollout(
+    settings: Settings,
+) -> None:
+    "Raise `UserError` if `settings.rollout` has no such name, misses its package, or cannot sample as asked."
+    kind = settings.rollout
+    if kind not in ("trl", "hf", "continuous", "vllm") and not kind.startswith("openai:"):
+        raise UserError(f"expected rollout trl, hf, continuous, vllm or openai:NAME@BASE_URL, got {kind!r}")
+    if kind == "vllm" and not util.find_spec("vllm"):
+        raise UserError("rollout vllm needs vLLM in this environment: pip install 'qalign[vllm]', or give a server")
+    if settings.top_p < 1 and (kind == "vllm" or kind.startswith("openai:")):
+        raise UserError(f"rollout {kind} samples with top_p = 1 alone, got {settings.top_p:g}: use rollout hf for less")
+
+
 def choose_rollout(
     kind: str,  # trl, hf, continuous, vllm, or openai:NAME@BASE_URL
     model: Any,  # the trainer's peft model
@@ -570,7 +584,8 @@ def choose_rollout(
     folder: Path | str,  # run folder
     batch: int = 16,  # completions in flight, for hf and continuous
 ) -> Rollout | None:
-    "The rollout function of that name; None lets TRL generate by itself. Raises `UserError` for another name."
+    "The rollout function of that name; None lets TRL generate by itself. Raises `UserError` as `check_rollout` does."
+    check_rollout(settings.replace(rollout=kind))
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # one warning per run: rollout functions are new in TRL
     if kind == "trl":
         return None
@@ -578,15 +593,12 @@ def choose_rollout(
         return hf_rollout(batch) if kind == "hf" else continuous_rollout(batch)
     if kind.startswith("openai:"):
         return server_rollout(kind)
-    if kind != "vllm":
-        raise UserError(f"expected rollout trl, hf, continuous, vllm or openai:NAME@BASE_URL, got {kind!r}")
-    if not util.find_spec("vllm"):
-        raise UserError("rollout vllm needs vLLM in this environment: pip install 'qalign[vllm]', or give a server")
     spec, base = settings.model, Path(folder) / "base"
     if settings.quantization == "nf4":
         spec = f"hf:{base if base.exists() else save_base(model, tokenizer, base)}"
     longest = settings.prompt_tokens + settings.completion_tokens
-    return vllm_rollout(load_lora_engine(spec, "none", settings.lora_r, longest))
+    precision = "fp32" if settings.quantization == "fp32" else "none"
+    return vllm_rollout(load_lora_engine(spec, precision, settings.lora_r, longest))
 
 # %% ../nbs/12a_rollout.ipynb #edc87e05
 def _whole(model: Any, prompts: list[list[int]], sampling: Sampling, seed: int) -> _Written:

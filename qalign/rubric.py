@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Question', 'Dimension', 'Principle', 'Waiver', 'Rubric', 'Verdict', 'validate', 'save_rubric', 'load_rubric', 'stats',
-           'show', 'sunburst', 'select', 'diff', 'show_diff']
+           'show', 'sunburst', 'select', 'rubric_for', 'diff', 'show_diff']
 
 # %% ../nbs/02_rubric.ipynb #2883b716
 import difflib
@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from .core import UserError, content_hash, data_path, write_text
+from .core import Settings, UserError, content_hash, data_path, write_text
 
 # %% ../nbs/02_rubric.ipynb #b026cd02
 @dataclass(frozen=True)
@@ -589,6 +589,14 @@ def select(
     part = replace(rubric, principles=chosen, cap=cap, waivers=())
     left = {q.id for q in part.questions} | {d.name for d in part.dimensions}
     return validate(replace(part, waivers=tuple(w for w in rubric.waivers if w.id in left)))
+
+# %% ../nbs/02_rubric.ipynb #dd837acf
+def rubric_for(
+    settings: Settings,
+) -> Rubric:
+    "The rubric of a run: whole, or the first dimensions of each principle with one gate and three graded questions."
+    rubric = load_rubric(settings.rubric)
+    return select(rubric, dimensions=settings.dimensions, per_dimension=4) if settings.dimensions else rubric
 
 # %% ../nbs/02_rubric.ipynb #7f86f11d
 def _places(rubric: Rubric) -> dict[str, dict[str, str]]:

@@ -22,7 +22,7 @@ from .engine import Answer, EngineError, Segment
 from .judge import Judge, judge_prefix
 from .rubric import Dimension, Principle, Question, Rubric
 from .server import broken_up
-from .stats import cohen_kappa, kappa_interval, mean_interval, rate_interval, wilson
+from .stats import Interval, cohen_kappa, kappa_interval, mean_interval, rate_interval, wilson
 from .trace import answer_of, parse_trace
 
 # %% ../nbs/13a_safety.ipynb #7453c654
@@ -87,6 +87,7 @@ class SafetyJudge:
     licence: str = ""  # of that model
     note: str = ""  # what a reader of its numbers must know: shown in every table
     identity: Callable[[], Mapping[str, Any]] | None = field(default=None, compare=False, repr=False)  # of its engine
+    version: str = field(default="", repr=False)  # hash of all else that decides: words, mode, limits
 
     def decide(
         self,
@@ -197,7 +198,8 @@ def string_judge(
         return [Decision("refusal" if f else "compliance") for f in found]
 
     place = {"near": f"in the first {_WINDOW} characters", "start": "at the start", "anywhere": "anywhere"}[match]
-    return SafetyJudge(f"strings:{name}", "refusal", ask, note=f"phrases {place}")
+    version = content_hash([match, [_OWN, _WINDOW] if own else said])
+    return SafetyJudge(f"strings:{name}", "refusal", ask, note=f"phrases {place}", version=version)
 
 # %% ../nbs/13a_safety.ipynb #bcb0c4ba
 _SLOT = re.compile(r"\{(prompt|behavior|response|generation|context)\}")
@@ -490,7 +492,8 @@ def classifier(
     def ask(cases: list[_Case]) -> list[Decision]:
         return _classify(name, engine, forms, tokenizer, cases) if tokenizer else _chatted(engine, cases)
 
-    return SafetyJudge(name, it.kind, ask, it.read, f"hf:{it.model}", it.gate, it.licence, note, _identity(engine))
+    about = (f"hf:{it.model}", it.gate, it.licence, note, _identity(engine), content_hash([forms, it.replies]))
+    return SafetyJudge(name, it.kind, ask, it.read, *about)
 
 # %% ../nbs/13a_safety.ipynb #f0b7c10d
 _SYSTEM = (
@@ -586,7 +589,9 @@ def llm_judge(
     name = f"{asks.replace('_', '-')}:{engine.spec}"
     read = lambda reply: _read_llm(asks, reply)  # noqa: E731
     ask = lambda cases: _ask_llm(engine, asks, mode, cases)  # noqa: E731
-    return SafetyJudge(name, kind, ask, read, str(engine.spec), note=note, identity=_identity(engine))
+    about: dict[str, Any] = {"note": note, "identity": _identity(engine)}
+    about["version"] = content_hash([mode, _SYSTEM, _ASKED[asks], judge_prefix("", "", "")])
+    return SafetyJudge(name, kind, ask, read, str(engine.spec), **about)
 
 # %% ../nbs/13a_safety.ipynb #9f597c39
 def rubric_judge(
@@ -606,8 +611,9 @@ def rubric_judge(
         return [no if s is None else Decision("harmful" if s < below else "safe", score=s) for s in scores]
 
     spec, limit = str(judge.engine.spec), f"{principle} below {below:g}"
-    note = f"rubric {judge.rubric.version}, {limit}"
-    return SafetyJudge(f"rubric:{spec}", "harm", ask, None, spec, note=note, identity=_identity(judge.engine))
+    about: dict[str, Any] = {"note": f"rubric {judge.rubric.version}, {limit}", "identity": _identity(judge.engine)}
+    about["version"] = content_hash([judge.version, judge.scores, judge.max_failed, principle, below])
+    return SafetyJudge(f"rubric:{spec}", "harm", ask, None, spec, **about)
 
 # %% ../nbs/13a_safety.ipynb #9fe01203
 REFUSAL = Question(
@@ -659,7 +665,8 @@ def refusal_judge(
         return out
 
     spec, note = str(engine.spec), _calibration(calibration)
-    return SafetyJudge(f"refusal:{spec}", "refusal", ask, engine=spec, note=note, identity=_identity(engine))
+    about: dict[str, Any] = {"note": note, "identity": _identity(engine), "version": judge.version}
+    return SafetyJudge(f"refusal:{spec}", "refusal", ask, engine=spec, **about)
 
 # %% ../nbs/13a_safety.ipynb #23dbf8ac
 _OF = ("attack success", "false refusal")
@@ -706,6 +713,16 @@ def rate(
         "missing": sum(d.status == "missing" for d in decisions),
         "score": sum(scores) / len(scores) if scores else None,
     }
+
+
+def _mean_score(
+    judge: str, scores: Sequence[float | None], prompts: Sequence[Any], level: float = 0.95
+) -> Interval | None:
+    "Mean of StrongREJECT's scores where there are any; None for another judge and below two prompts."
+    held = [(x, p) for x, p in zip(scores, prompts, strict=True) if x is not None]
+    if not judge.startswith("strong-reject") or len({p for _, p in held}) < 2:
+        return None
+    return mean_interval([x for x, _ in held], [p for _, p in held], level)
 
 # %% ../nbs/13a_safety.ipynb #88ddb924
 def agreement(

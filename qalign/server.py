@@ -211,7 +211,7 @@ def first_token_probs(
     top: Sequence[tuple[str, float]],  # the likeliest first tokens: text, log-probability
     drawn: str = "",  # the token that was sampled: vLLM lists it even where it is none of the likeliest
 ) -> tuple[dict[str, float], float]:
-    "Label probabilities, and the most that labels not returned could hold. Raises `EngineError` if that is too much."
+    "Label probabilities, and the most that labels could hold beside them. Raises `EngineError` if that is too much."
     mass = dict.fromkeys(labels, 0.0)
     opens: dict[str, str] = {}
     for label in labels:
@@ -222,15 +222,19 @@ def first_token_probs(
             mass[label] = sum(math.exp(logp) for text, logp in top if text.strip() == begins[-1])
     for a, b in ((a, b) for a in opens for b in opens if a < b and opens[a] == opens[b]):
         raise EngineError(f"cannot tell labels {a!r} and {b!r} apart by their first token, {opens[a]!r}")
-    if not opens:
-        raise EngineError(f"gave no label among its {len(top)} likeliest first tokens")
     found, absent = sum(mass.values()), [label for label in labels if label not in opens]
+    if not found > 0:
+        raise EngineError(f"gave no label among its {len(top)} likeliest first tokens")
     rest = 1 - sum(math.exp(logp) for _, logp in top)
     least = min((math.exp(logp) for text, logp in top if text != drawn), default=1.0)
-    bound = max(0.0, min(len(absent) * least, rest)) if absent else 0.0
-    missed = bound / (found + bound) if bound else 0.0
+    unread = [(t, logp) for text, logp in top if (t := text.strip()) and t not in opens.values()]
+    stray = [(t, logp) for t, logp in unread if any(label.startswith(t) for label in labels)]
+    bound = sum(math.exp(logp) for _, logp in stray)
+    bound += max(0.0, min(len(absent) * least, rest)) if absent else 0.0
+    missed = bound / (found + bound)
     if missed > _MISSED:
-        names = ", ".join(absent)
+        parts = [f"part of {label}" for label in opens if any(label.startswith(t) for t, _ in stray)]
+        names = ", ".join([*absent, *parts])
         raise EngineError(f"left out {names}, which may hold up to {missed:.1%} of the labels' probability")
     return {label: p / found for label, p in mass.items()}, missed
 
@@ -678,4 +682,11 @@ def load_server(
         raise UserError(f"an address stands twice in {spec!r}: one for each server")
     if not util.find_spec("openai"):
         raise UserError("a server needs the openai client: pip install openai")
+    import httpx
+
+    for url in urls:
+        try:
+            httpx.URL(url)
+        except httpx.InvalidURL as e:
+            raise UserError(f"{url!r} is no address ({e}): expected openai:MODEL@http://HOST:PORT/v1") from None
     return ServerEngine(model, ",".join(urls), tokenizer)

@@ -6,7 +6,7 @@
 __all__ = ['REFLECTION_RULES', 'Record', 'whole_sentences', 'weakest_questions', 'check_reflection', 'template_reflection',
            'reflection_chat', 'revision_request', 'tally', 'build_records', 'save_dataset', 'load_dataset',
            'check_template', 'training_rows', 'check_packing', 'add_adapter', 'lr_warning', 'common_arguments',
-           'log_callback', 'train_sft']
+           'log_callback', 'keep_float32', 'as_loaded', 'train_sft']
 
 # %% ../nbs/10_sft.ipynb #dddd756d
 import math
@@ -15,7 +15,8 @@ import re
 import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -844,6 +845,25 @@ def _finite(log: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]],
 
     return checked
 
+# %% ../nbs/10_sft.ipynb #2a047782
+@contextmanager
+def keep_float32(
+    model: Any,  # peft model, adapter to be trained
+) -> Iterator[None]:
+    "Trainable weights leave the context as float32, unrounded, whatever is made of them inside."
+    kept = [(p, p.data.float()) for p in model.parameters() if p.requires_grad]
+    yield
+    for p, data in kept:
+        p.data = data
+
+# %% ../nbs/10_sft.ipynb #09276b18
+def as_loaded(
+    model: Any,  # that a trainer has prepared
+) -> None:
+    "Take off what accelerate has put around the forward pass."
+    if model.__dict__.pop("_original_forward", None) is not None:
+        del model.forward  # the class has the plain one
+
 # %% ../nbs/10_sft.ipynb #ecbc386f
 def train_sft(
     model: Any,  # peft model, adapter to be trained
@@ -864,16 +884,18 @@ def train_sft(
         warnings.warn(doubt, stacklevel=2)
     longest = settings.prompt_tokens + settings.completion_tokens
     rows = _fitting(training_rows(tokenizer, records), longest)
-    trainer = SFTTrainer(
-        model=model,
-        args=_sft_arguments(settings, folder, longest),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
-        callbacks=[log_callback(_finite(log))],
-    )
+    with keep_float32(model):
+        trainer = SFTTrainer(
+            model=model,
+            args=_sft_arguments(settings, folder, longest),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+            callbacks=[log_callback(_finite(log))],
+        )
     trainer.remove_callback(_printer())
     with unpacked(model):
         trainer.train()
+    as_loaded(model)
     learned = sum(t != -100 for row in rows for t in row["labels"])
     read = sum(len(row["labels"]) for row in rows)
     return {"records": len(rows), "too_long": len(records) - len(rows), "tokens": read, "learned": learned}

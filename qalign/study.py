@@ -25,7 +25,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from . import pipeline
-from .core import Settings, UserError, content_hash, read_jsonl, versions, write_json, write_jsonl
+from .core import Settings, UserError, content_hash, load_settings, read_jsonl, versions, write_json, write_jsonl
 from .evaluate import summarize
 from .prompts import load_prompts
 from .reward import final_reward, group_advantages
@@ -60,7 +60,10 @@ def _plan(
     if len(vary) != 1 or {"seed", "preset"} & set(vary):
         raise UserError(f"a study varies one setting other than seed and preset, got {', '.join(vary) or 'none'}")
     [(key, given)] = vary.items()
-    values = list(_values(settings, key, given))
+    values, usual = list(_values(settings, key, given)), load_settings(settings.preset)
+    for k, option in (("seed", "--seeds"), (key, f"--vary {key}=…")):
+        if (value := getattr(settings, k)) != getattr(usual, k):
+            raise UserError(f"{k} = {value} has no effect on a study: give its values with {option}")
     numbers = [settings.replace(seed=s).seed for s in seeds]
     if not numbers or len(set(numbers)) < len(numbers):
         raise UserError(f"expected one or more different values of seed, got {numbers}")
@@ -419,7 +422,7 @@ def _run_cell(
 
 # %% ../nbs/17a_study.ipynb #1d0e4327
 def run_study(
-    settings: Settings,  # what all cells have in common
+    settings: Settings,  # what all cells have in common; seed and the varied setting as the preset has them
     vary: Mapping[str, Sequence[Any]],  # one setting and its values, such as {'alpha': [0, 2, 10]}
     seeds: Sequence[int | str],  # each value is run with each of them
     out: Path | str,  # the study's folder

@@ -11,6 +11,7 @@ __all__ = ['Example', 'examples_from_fixtures', 'examples_from_scorecards', 'exa
 import contextlib
 import copy
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -173,7 +174,7 @@ def label_logps(
         suffixes = [engine.tokens([(judge_suffix(tail, q), True)]) for q in asked]
         body = engine.tokens(judge_prefix(head_text, prompt, response)[1:])
         trees.append(_tree(body, [_branch(s, x) for s, x in zip(suffixes, labels, strict=True)]))
-    logp, paths = _forward(engine.model, head, trees)
+    logp, paths = _forward(engine, head, trees)
     out: list[Any] = [None] * len(examples)
     for where, mine in zip(groups.values(), paths, strict=True):
         take = iter(mine)
@@ -183,17 +184,17 @@ def label_logps(
     return out
 
 # %% ../nbs/06b_tune.ipynb #2320bcf8
-def _forward(model: Any, head: list[int], trees: Sequence[_Branch]) -> tuple[Any, list]:
+def _forward(engine: HFEngine, head: list[int], trees: Sequence[_Branch]) -> tuple[Any, list]:
     "Log-probabilities at the positions that are read, and per tree its label paths on them."
     import torch
 
-    row, n, device = _pack(trees), len(head), model.device
+    row, n, device = _pack(trees), len(head), engine.model.device
     mask = torch.ones(n + len(row.tokens), n + len(row.tokens), dtype=torch.bool).tril()
     mask[n:, n:] = row.sees
-    logits = model(
+    logits = engine.model(
         input_ids=torch.tensor([head + row.tokens], device=device),
         position_ids=torch.tensor([[*range(n), *(n + d for d in row.depths)]], device=device),
-        attention_mask=mask.to(device)[None, None],
+        attention_mask=engine._mask(mask.to(device)[None]),
         use_cache=False,
         logits_to_keep=torch.tensor([n + i for i in row.reads], device=device),
     ).logits[0]
@@ -266,14 +267,17 @@ def _kept(model: Any) -> Iterator[None]:
 # %% ../nbs/06b_tune.ipynb #bddf1723
 @dataclass
 class JudgeEngine(HFEngine):
-    "A model that judges with its adapter `judge` switched on, and is as it was before in between."
+    "A model that judges with an adapter of its own switched on, and is as it was before in between."
 
     fingerprint: str = ""  # hash of the adapter's weights
+    name: str = ""  # of the adapter in the model
 
     @contextlib.contextmanager
     def inference(self) -> Iterator[None]:
+        if not any(self.name in getattr(m, "lora_A", ()) for m in self.model.modules()):
+            raise UserError("the adapter of this judge was taken off its model: load the judge again")
         with _kept(self.model), super().inference():
-            self.model.base_model.set_adapter("judge", inference_mode=True)
+            self.model.base_model.set_adapter(self.name, inference_mode=True)
             yield
 
     def identity(self) -> dict[str, str]:
@@ -281,26 +285,30 @@ class JudgeEngine(HFEngine):
         return super().identity() | {"adapter": self.fingerprint}
 
 # %% ../nbs/06b_tune.ipynb #14803c72
-def _weights(model: Any) -> dict[str, Any]:
+def _weights(judge: JudgeEngine) -> dict[str, Any]:
     "The adapter's weights as they are saved: bf16, on the CPU."
     import torch
     from peft import get_peft_model_state_dict
 
-    state = get_peft_model_state_dict(model, adapter_name="judge", save_embedding_layers=False)
+    state = get_peft_model_state_dict(judge.model, adapter_name=judge.name, save_embedding_layers=False)
     return {k: v.detach().to("cpu", torch.bfloat16).contiguous() for k, v in sorted(state.items())}
 
 
-def _fingerprint(model: Any) -> str:
+def _fingerprint(weights: Mapping[str, Any]) -> str:
+    "Hash of what `_weights` gave."
     import torch
 
     total = hashlib.sha256()
-    for name, weight in _weights(model).items():
+    for name, weight in sorted(weights.items()):
         total.update(name.encode() + weight.view(torch.int16).numpy().tobytes())
     return total.hexdigest()[:16]
 
 # %% ../nbs/06b_tune.ipynb #cff2d245
-def _attach(engine: HFEngine, config: Any, seed: int = 0) -> JudgeEngine:
-    "A judge with a new adapter. The engine it is made from goes on to answer as before."
+_COUNT = itertools.count()  # judges tuned in this process
+
+
+def _attach(engine: HFEngine, config: Any, name: str, seed: int = 0) -> JudgeEngine:
+    "A judge with an adapter, new if the model has none of that name. The engine it is made from answers as before."
     import torch
     from peft import get_peft_model
 
@@ -308,16 +316,15 @@ def _attach(engine: HFEngine, config: Any, seed: int = 0) -> JudgeEngine:
     config.base_model_name_or_path = getattr(model, "name_or_path", None) or None  # where it lies now, as peft wants it
     with _kept(model):
         torch.manual_seed(seed)
-        if hasattr(model, "peft_config"):
-            if "judge" in model.peft_config:
-                model.delete_adapter("judge")
-            model.add_adapter("judge", config)
-        else:
-            engine.model, engine.adapter = get_peft_model(model, config, adapter_name="judge"), False
-    for name, p in engine.model.named_parameters():
-        if ".judge." in name:
+        if not hasattr(model, "disable_adapter"):
+            engine.model, engine.adapter = get_peft_model(model, config, adapter_name=name), False
+            engine.model.base_model.set_adapter([])
+        elif name not in model.peft_config:
+            model.add_adapter(name, config)
+    for key, p in engine.model.named_parameters():
+        if f".{name}." in key:
             p.requires_grad_(False)
-    return JudgeEngine(engine.model, engine.tokenizer, engine.spec, engine.batch, engine.rows)
+    return JudgeEngine(engine.model, engine.tokenizer, engine.spec, engine.batch, engine.rows, name=name)
 
 # %% ../nbs/06b_tune.ipynb #772af8f9
 def _linear(model: Any) -> list[str]:
@@ -352,12 +359,12 @@ def tune(
     "A judge with a trained adapter, and one row per step: epoch, step, loss. Equal input gives equal weights."
     if not examples:
         raise UserError("no examples to learn from: give fixtures or recorded verdicts")
-    judge = _attach(engine, _config(engine.model, recipe), recipe.seed)
+    judge = _attach(engine, _config(engine.model, recipe), f"judge-tuned-{next(_COUNT)}", recipe.seed)
     rng = random.Random(recipe.seed)
     plan = [(epoch, step) for epoch in range(recipe.epochs) for step in _steps(examples, recipe.batch, rng)]
     with _kept(judge.model), unpacked(judge.model):
         log = _train(judge, plan, recipe, say)
-    judge.fingerprint = _fingerprint(judge.model)
+    judge.fingerprint = _fingerprint(_weights(judge))
     return judge, log
 
 # %% ../nbs/06b_tune.ipynb #22513943
@@ -367,10 +374,10 @@ def _train(
     import torch
 
     model, log = judge.model, []
-    model.base_model.set_adapter("judge")
+    model.base_model.set_adapter(judge.name)
     model.train()
     for name, p in model.named_parameters():
-        p.requires_grad_(".judge." in name)
+        p.requires_grad_(f".{judge.name}." in name)
     ours = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(ours, lr=recipe.lr, weight_decay=0.0, betas=(0.9, 0.99))
     warm = max(1, round(0.06 * len(plan)))
@@ -408,9 +415,10 @@ def _template() -> str:
     return content_hash([SYSTEM, LABELS, judge_prefix("|", "p", "r"), asked])
 
 
-def _examples_hash(examples: Iterable[Example]) -> str:
+def _examples_hash(examples: Sequence[Example]) -> str:
     "Content hash of what an adapter learned from."
-    return content_hash([[e.question.id, e.question.text, e.prompt, e.response, e.target] for e in examples])
+    rows = [[e.question.id, e.question.text, e.prompt, e.response, e.target] for e in examples]
+    return content_hash([[*row, "implied"] if e.implied else row for row, e in zip(rows, examples, strict=True)])
 
 # %% ../nbs/06b_tune.ipynb #13cd97cb
 def _describe(
@@ -440,10 +448,10 @@ def save_judge(
     tmp = target.parent / f".{target.name}.tmp"
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir(parents=True)
-    config = copy.deepcopy(judge.model.peft_config["judge"])
+    config = copy.deepcopy(judge.model.peft_config[judge.name])
     config.base_model_name_or_path, config.inference_mode = judge.spec.removeprefix("hf:"), True
     config.save_pretrained(str(tmp))
-    save_file(_weights(judge.model), str(tmp / "adapter_model.safetensors"), metadata={"format": "pt"})
+    save_file(_weights(judge), str(tmp / "adapter_model.safetensors"), metadata={"format": "pt"})
     write_json(tmp / "judge.json", whole)
     shutil.rmtree(target, ignore_errors=True)
     os.replace(tmp, target)
@@ -488,11 +496,14 @@ def load_judge(
         raise UserError(f"judge {path.name} was tuned on {card['base']['spec']} with other {changed[0]}: tune it again")
     if card["template"] != _template():
         raise UserError(f"judge {path.name} was tuned for another text around the question: tune it again")
-    judge = _attach(engine, LoraConfig.from_pretrained(str(path)))
-    set_peft_model_state_dict(judge.model, load_file(path / "adapter_model.safetensors"), adapter_name="judge")
-    judge.fingerprint = _fingerprint(judge.model)
-    if judge.fingerprint != card["adapter"]:
+    weights = load_file(path / "adapter_model.safetensors")
+    if _fingerprint(weights) != card["adapter"]:
         raise UserError(f"judge {path.name} does not hold the weights its card names: copy the folder again")
+    judge = _attach(engine, LoraConfig.from_pretrained(str(path)), f"judge-{card['adapter']}")
+    set_peft_model_state_dict(judge.model, weights, adapter_name=judge.name)
+    judge.fingerprint = _fingerprint(_weights(judge))
+    if judge.fingerprint != card["adapter"]:
+        raise UserError(f"judge {path.name} does not fit the model of {engine.spec}: tune it again")
     return judge
 
 # %% ../nbs/06b_tune.ipynb #2e18c157

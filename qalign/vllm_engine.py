@@ -38,11 +38,12 @@ class VLLMEngine:
     usage: Usage = field(default_factory=Usage)  # every prompt counts as a request
 
     def identity(self) -> dict[str, str]:
-        "The specification, and the hub's commit or a hash over the weight files of a local folder."
+        "Specification, precision, and the hub's commit or a hash over the weight files of a local folder."
         config = self.llm.llm_engine.model_config
+        who = {"spec": self.spec, "precision": str(config.dtype).removeprefix("torch.")}
         if Path(config.model).is_dir():
-            return {"spec": self.spec, "weights": weights_hash(config.model)}
-        return {"spec": self.spec, "revision": str(getattr(config.hf_config, "_commit_hash", None))}
+            return who | {"weights": weights_hash(config.model)}
+        return who | {"revision": str(getattr(config.hf_config, "_commit_hash", None))}
 
     def complete(
         self,

@@ -1,9 +1,11 @@
 """The bench: an honest baseline, a record that goes on where it was, a table that invents nothing."""
 
+import functools
 import json
 import math
 import subprocess
 import sys
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -319,3 +321,67 @@ def test_whole_run_adds_what_is_missing(tmp_path: Path, monkeypatch: pytest.Monk
     before = len(said)
     assert run_bench("shape:micro", "fp32", tmp_path / "r", 2, 1, 1, parts=("judge",), say=said.append) == record
     assert len(said) == before
+
+
+def test_baseline_is_exact_without_sdpa(pairs: list[tuple[str, str]]) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    made = shape_engine("micro", "fp32")
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": made.model.config.vocab_size}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("gemma2", pad_token_id=0, initializer_range=0.3, **shape)
+    made.model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    answers, _, _ = per_question(made, pairs[0], FEW, 2)
+    for q in FEW:
+        logps = {k: math.log(p) for k, p in answers[q.id].items()}
+        assert logps == pytest.approx(_one_by_one(made, pairs[0], q), abs=1e-4)
+
+
+@pytest.mark.parametrize("emulated", [True, False])
+def test_the_peak_is_that_of_the_precision_computed_in(monkeypatch: pytest.MonkeyPatch, emulated: bool) -> None:
+    monkeypatch.setattr(bench, "bf16_emulated", lambda: emulated)
+    assert bench._compute(shape_engine("micro", "none")) == ("float32" if emulated else "bfloat16")
+    assert bench._compute(shape_engine("micro", "fp32")) == "float32"
+
+
+@pytest.mark.parametrize(("spec", "weights"), [("vllm:smollm2", "smollm2"), ("vllm:ORG/MODEL", "hf:ORG/MODEL")])
+def test_vllm_is_held_against_its_own_weights(
+    engine: HFEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str, weights: str
+) -> None:
+    loaded, asked = [], []
+
+    class VLLM:
+        tokenizer, spec = engine.tokenizer, "vllm"
+
+    def load(spec: str, quantization: str) -> Any:
+        loaded.append(spec)
+        return VLLM() if spec.startswith("vllm:") else engine
+
+    monkeypatch.setattr(bench, "_load", load)
+    monkeypatch.setattr(bench, "_plan", lambda *a: {})
+    monkeypatch.setattr(bench, "bench_judge", lambda *a, **more: asked.append(more["yardstick"]))
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "bench.json").write_text(json.dumps({"plan": {}, "rows": {}}))
+    run_bench(spec, "fp32", tmp_path / "r", 1)
+    assert loaded == [spec, weights] and asked == [engine]
+
+
+def test_the_model_is_gone_before_memory_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive = []
+
+    def measure(*args: Any, **more: Any) -> dict[str, float]:
+        alive.append(model() is not None)
+        return {"ratio": 1.0, "work_ratio": 1.0}
+
+    def load(spec: str, quantization: str, chat: bool = True) -> HFEngine:
+        nonlocal model
+        made = shape_engine("micro", quantization)
+        model = weakref.ref(made.model)
+        return made
+
+    model: Any = None
+    monkeypatch.setattr(bench, "bench_memory", measure)
+    monkeypatch.setattr(bench, "load_engine", functools.lru_cache(load))
+    run_bench("smollm2", "fp32", tmp_path / "r", 1, parts=("memory",))
+    assert alive == [False]

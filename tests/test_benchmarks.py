@@ -512,6 +512,17 @@ def test_sorry_bench_base_only(tmp_path):
         assert "line 1: expected" in said
 
 
+def test_sorry_bench_numbers_its_questions_anew_in_each_style(tmp_path):
+    base, slang = table("sorry_bench", 4), [{**r, "prompt_style": "slang"} for r in table("sorry_bench", 4)]
+    for rows in ([*base, *slang], [*slang, *base]):
+        items = load_benchmark("sorry_bench", save(tmp_path, "sorry_bench", rows), rows=4)
+        assert [(i.id, i.prompt) for i in items] == [(f"{n}", f"Ask {n}.") for n in range(4)]
+    said = message(load_benchmark, "sorry_bench", save(tmp_path, "sorry_bench", [*slang, *base, base[2]]), rows="any")
+    assert "line 9: the id '2' stands at line 7 too" in said
+    slang[1]["turns"] = []
+    assert "line 2: expected" in message(load_benchmark, "sorry_bench", save(tmp_path, "sorry_bench", [*slang, *base]))
+
+
 @pytest.mark.parametrize(
     ("text", "want"),
     [

@@ -161,6 +161,18 @@ def test_a_bad_row_is_named(tmp_path, change, message):
         load_canaries(tmp_path / "c.jsonl")
 
 
+def test_a_broken_last_row_and_another_encoding_are_refused(tmp_path):
+    row = json.dumps({k: f"é {k}" for k in Canary.__dataclass_fields__} | {"aim": "up"}, ensure_ascii=False)
+    for data, message in (
+        ((row + '\n{"id": "b').encode(), r"c\.jsonl, line 2: expected JSON"),
+        (row.encode("latin-1"), r"c\.jsonl is not UTF-8"),
+    ):
+        (tmp_path / "c.jsonl").write_bytes(data)
+        with pytest.raises(UserError, match=message) as caught:
+            load_canaries(tmp_path / "c.jsonl")
+        assert "\n" not in str(caught.value)
+
+
 # structure
 
 EVERY = [
@@ -245,6 +257,7 @@ def tiny() -> HFEngine:
     t = tokenizer("chatml")
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes["max_position_embeddings"] = 4096
     return HFEngine(LlamaForCausalLM(LlamaConfig(vocab_size=len(t), **sizes)).eval(), t, "tiny")
 
 

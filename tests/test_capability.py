@@ -457,6 +457,9 @@ def test_pairs_are_compared_as_stats_does(
         compare_capability(tmp_path, "a", "c")
     with pytest.raises(UserError, match="no capability results in"):
         load_capability(tmp_path / "none")
+    (tmp_path / "b" / "arc_challenge.jsonl").unlink()
+    with pytest.raises(UserError, match=r"^no .*b/arc_challenge\.jsonl for the results of b: copy the lines as well"):
+        compare_capability(tmp_path, "a", "b")
 
 
 # --- the harness itself

@@ -27,6 +27,30 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
+def test_a_package_that_is_missing_is_one_line(monkeypatch, capsys):
+    for name, code in (("torch.nn", 2), ("qalign.nowhere", None)):
+
+        def app(standalone_mode, name=name):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+        monkeypatch.setattr(cli, "app", app)
+        if code:
+            assert call(monkeypatch, capsys, "demo") == (
+                code,
+                "qalign: needs the package torch: `qalign doctor` says how to install what is missing\n",
+            )
+        else:
+            with pytest.raises(ModuleNotFoundError):
+                cli.main()
+
+
+def test_the_demo_takes_the_option_that_its_message_names(monkeypatch, capsys):
+    told = []
+    monkeypatch.setattr(cli, "_run", lambda settings, out, prompts, resume: told.append(resume))
+    assert [call(monkeypatch, capsys, "demo", *more)[0] for more in ((), ("--resume",))] == [0, 0]
+    assert told == [True, True]
+
+
 TWO = "{name: a, questions: [{id: x, kind: gate, text: 'A?'}, {id: x, kind: graded, text: 'B?'}]}"
 RUBRIC = "name: mine\ncap: ''\nprinciples: [{{name: p, dimensions: [{}]}}]\n"
 CASES = {

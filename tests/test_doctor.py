@@ -83,6 +83,14 @@ def test_stage_states():
     assert found.remedy == "pip install 'qalign[eval]' -c constraints.txt"
 
 
+def test_vllm_is_installed_apart_without_the_pins():
+    "vLLM does not accept all versions that constraints.txt pins."
+    remedy = "in an environment of its own: pip install '.[train,vllm]'"
+    assert stage("vllm engine", {"vllm": ""}, {}).remedy == remedy
+    assert doctor._package("vllm", ">=0.22", None, "vllm").remedy == remedy
+    assert "an environment of its own" in doctor.vllm_for_trl("1.16.0", "<2,>=1", None).remedy
+
+
 def test_stages_are_extras_of_the_package():
     extras = set(metadata.metadata("qalign").get_all("Provides-Extra") or [])
     assert set(doctor._STAGES.values()) - {""} <= extras

@@ -5,6 +5,8 @@ import copy
 import json
 import math
 import random
+import re
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,19 @@ from hypothesis import strategies as st
 
 import qalign.engine
 from qalign.core import UserError
-from qalign.engine import Answer, EngineError, HFEngine, Leads, Segment, failed, load_engine, load_model
+from qalign.engine import (
+    Answer,
+    EngineError,
+    HFEngine,
+    Leads,
+    Segment,
+    failed,
+    frame_of,
+    load_engine,
+    load_model,
+    tokens_of,
+    weights_hash,
+)
 from qalign.judge import LABELS, SYSTEM, Judge, judge_lead, judge_prefix, judge_suffix, reply_schema
 from qalign.rubric import Question, load_rubric, select
 
@@ -645,6 +659,20 @@ def test_adapter_on_and_off(lora: HFEngine, folder: str) -> None:
     assert lora.complete(CHATS, max_tokens=6) == said
 
 
+def test_what_begins_after_the_base_was_taken_is_off_there_too(tiny: HFEngine) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    prefixes, suffixes, labels = asked(tiny, PAIRS[:1])
+    base = tiny.base()  # holds the model inside the peft model that comes now
+    start = base.label_probs(prefixes, suffixes, labels)
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    tiny.model = get_peft_model(tiny.model, config)  # type: ignore[arg-type]
+    before = state_of(tiny.model)
+    assert distance(base.label_probs(prefixes, suffixes, labels), start) < TOLERANCE
+    assert distance(tiny.label_probs(prefixes, suffixes, labels), start) > 0.01
+    same_state(before, state_of(tiny.model))
+
+
 def test_an_engine_in_evaluation_stays_there(tiny: HFEngine) -> None:
     tiny.model.eval()
     before = state_of(tiny.model)
@@ -730,6 +758,57 @@ def test_usage_counts_every_reply(tiny: HFEngine) -> None:
     assert HFEngine(tiny.model, tiny.tokenizer).usage.requests == 0  # each engine its own
 
 
+def test_a_reply_depends_on_nothing_the_model_brings(folder: str, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "m")
+    path = tmp_path / "m" / "generation_config.json"
+    brought = {"repetition_penalty": 50.0, "no_repeat_ngram_size": 1, "suppress_tokens": list(range(100, 40_000))}
+    path.write_text(json.dumps(json.loads(path.read_text()) | brought | {"eos_token_id": [2, 5]}))
+    plain_, other = (HFEngine(*load_model(x, "fp32")) for x in (folder, str(tmp_path / "m")))
+    assert other.model.generation_config.eos_token_id == [2, 5]
+    assert other.complete(CHATS, max_tokens=12) == plain_.complete(CHATS, max_tokens=12)
+    assert other.complete(CHATS, 12, 1.0, seed=3) == plain_.complete(CHATS, 12, 1.0, seed=3)
+
+
+def test_a_prompt_longer_than_the_model_is_an_error_of_its_row(shared_tiny: HFEngine) -> None:
+    prefixes = [text([i] * n) for i, n in ((1, 5), (2, 60), (3, 9), (4, 58))]
+    labels, after = [GATED, ODD[1]], [(), (0,)]
+    want = shared_tiny.label_probs([prefixes[0], prefixes[2]], [" so:", " thus it is:"], labels, after=after)
+    config = shared_tiny.model.config
+    longest, config.max_position_embeddings = config.max_position_embeddings, 63
+    try:
+        got = shared_tiny.label_probs(prefixes, [" so:", " thus it is:"], labels, after=after)
+    finally:
+        config.max_position_embeddings = longest
+    assert distance([got[0], got[2]], want) < TOLERANCE
+    for row in (got[1], got[3]):
+        assert all(re.search(r"a prompt has 6\d tokens, the model takes 63", str(x)) for x in row)
+    assert shared_tiny.tokens_read[1] == shared_tiny.tokens_read[3] == 0 < min(shared_tiny.tokens_read[::2])
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
+def test_a_sliding_window_is_exact_inside_and_refused_beyond(hf: HFEngine, family: str) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": len(hf.tokenizer), "sliding_window": 40}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(family, initializer_range=0.3, pad_token_id=0, **sizes)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    engine = HFEngine(model, hf.tokenizer, "hf:m", rows=2)
+    prefixes, suffixes = [text([1] * 20), text([2] * 5), text([3, 4] * 10)], [f" question {i} so:" for i in range(9)]
+    got = engine.label_probs(prefixes, suffixes, [ODD[i % 3] for i in range(9)])  # all of them at once do not fit
+    for p, row in zip(prefixes, got, strict=True):
+        assert distance([row], [[plain(engine, p, s, ODD[i % 3]) for i, s in enumerate(suffixes)]]) < 1e-4
+    leads = Leads(tuple(f" lead one two {i}" for i in range(9)), (0, 5, 8))
+    led_by = [[(" a b", True), *text([1, 2, 3]), (" so", True)]]
+    [row] = engine.label_probs(led_by, [""] * 3, ODD, leads=leads)
+    for i, answer in enumerate(row):
+        assert log_distance(answer, led(engine, led_by[0], leads, i, "", ODD[i])) < 1e-4
+    with pytest.raises(UserError, match=r"hf:m looks back over 40 tokens, a prompt has 4\d: judge with"):
+        engine.label_probs([text([1] * 5), text([1] * 38)], suffixes[:1], [ODD[1]])
+
+
 # untrusted text
 
 
@@ -738,6 +817,45 @@ def test_control_tokens_of_untrusted_text_are_plain_text(hf: HFEngine) -> None:
     assert hf.tokens([("<|im_end|>", True)]) == [special]
     ids = hf.tokens([("a<|im_end|>b <|im_start|>", False)])
     assert not set(ids) & set(hf.tokenizer.all_special_ids) and hf.tokenizer.decode(ids) == "a<|im_end|>b <|im_start|>"
+
+
+def unigram(pieces: Sequence[str], special: Sequence[str]) -> Any:
+    "A tokenizer of whole pieces, some of which are control tokens."
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = ["▁", *(chr(c) for c in range(33, 127))]
+    made = Tokenizer(models.Unigram([("<unk>", 0.0), *((x, -1.0) for x in (*special, *pieces, *letters))], unk_id=0))
+    made.normalizer, made.pre_tokenizer = normalizers.NFKC(), pre_tokenizers.Metaspace()
+    made.decoder = decoders.Metaspace()
+    made.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token=special[0], unk_token="<unk>")
+
+
+@pytest.mark.parametrize("said", ["hi</s> you", "</s>", "hi <start> </s></s>", "hi\uff1c/s\uff1e", "hi é</s>"])
+def test_control_pieces_of_a_vocabulary_are_spelt(said: str) -> None:
+    tokenizer = unigram(["▁hi", "▁you"], ["</s>", "<start>"])
+    control = set(tokenizer.convert_tokens_to_ids(["</s>", "<start>"]))
+    assert tokens_of(tokenizer, [("hi</s>", True)])[-1] in control
+    ids = tokens_of(tokenizer, [(said, False)])
+    assert not set(ids) & control and (tokenizer.unk_token_id in ids) == ("é" in said)
+    assert tokenizer.decode(ids).replace(" ", "").count("</s>") == max(1, said.count("</s>"))
+    assert tokens_of(tokenizer, [("hi you", False)]) == tokens_of(tokenizer, [("hi you", True)])
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ raise_exception('System role not supported') }}", r"refuses .* \(System role not supported\): choose"),
+        ("{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}", "writes a user message 2 times: choose"),
+        ("{{ messages[0].content }}", "writes a user message 0 times: choose"),
+    ],
+)
+def test_templates_that_cannot_judge_are_named(hf: HFEngine, template: str, said: str) -> None:
+    tokenizer = copy.deepcopy(hf.tokenizer)
+    tokenizer.chat_template = template
+    with pytest.raises(UserError, match=f"chat template of '.*smollm2.*' {said} another model"):
+        frame_of(tokenizer, "Be brief.")
 
 
 # who it is
@@ -768,6 +886,36 @@ def test_identity_tells_precisions_apart(folder: str) -> None:
     full, half = (e.label_probs(prefixes, suffixes, labels) for e in engines)
     assert distance(full, half) > 1e-4
     assert engines[0].identity() != engines[1].identity()  # their verdicts must not share a cache key
+
+
+def test_weights_of_every_format_are_hashed(tmp_path: Path) -> None:
+    def of(**files: str) -> str:
+        folder = tmp_path / "-".join([*files, *files.values()])
+        folder.mkdir()
+        for name, data in files.items():
+            (folder / name.replace("_", ".")).write_text(data)
+        return weights_hash(str(folder))
+
+    assert of(a_safetensors="x") != of(a_safetensors="y") != of(a_bin="x") != of(a_bin="y")
+    assert of(a_safetensors="x", training_bin="y") == of(a_safetensors="x", training_bin="z")  # not read with these
+    with pytest.raises(UserError, match=r"no weights in .*: expected \*\.safetensors or \*\.bin there"):
+        of(config_json="{}")
+
+
+def test_an_adapter_is_no_model(lora: HFEngine, folder: str, tmp_path: Path) -> None:
+    lora.model.save_pretrained(tmp_path)
+    lora.tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(
+        UserError, match=f"is an adapter over '{folder}': give hf:{folder} as the model and the folder as"
+    ):
+        load_engine(f"hf:{tmp_path}", "fp32")
+
+
+def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"cannot load model '.*': ") as fault:
+        load_model(str(tmp_path))
+    assert "\n" not in str(fault.value)
 
 
 def test_only_a_classifier_may_lack_a_chat_template(hf: HFEngine, tmp_path: Path) -> None:

@@ -203,14 +203,14 @@ def test_summary_by_hand():
         }  # fmt: skip
         assert comparison(s, metric, "start", "grpo") is None
     c = comparison(s, "refusal_rate", "start", "grpo")
-    assert (c["difference"], c["p"], c["n"]) == (6 / 8, 2 * 0.5**6, 8)
+    assert (c["difference"], c["p"], c["n"]) == (6 / 8, pytest.approx(2 * 0.5**6), 8)
     c = comparison(s, "r_answer", "start", "grpo")
     assert c["difference"] == pytest.approx(0.95) and c["p"] == 2 / 2**8
     c = comparison(s, "parse_rate", "start", "grpo")
-    assert (c["difference"], c["p"]) == (1, 2 * 0.5**8)
+    assert (c["difference"], c["p"]) == (1, pytest.approx(2 * 0.5**8))
     ps = sorted(c["p"] for c in s["comparisons"])  # three: 1/128, 1/128, 1/32
-    assert ps == [1 / 128, 1 / 128, 1 / 32]
-    assert sorted(c["p_holm"] for c in s["comparisons"]) == [3 / 128, 3 / 128, 1 / 32]
+    assert ps == pytest.approx([1 / 128, 1 / 128, 1 / 32])
+    assert sorted(c["p_holm"] for c in s["comparisons"]) == pytest.approx([3 / 128, 3 / 128, 1 / 32])
 
 
 def test_none_is_left_out_and_n_says_so():
@@ -237,6 +237,22 @@ def test_trials_are_clustered_by_prompt():
     for metric in ("refusal_rate", "r2"):
         wide, narrow = (c["high"] - c["low"] for c in (cell(one, metric, "grpo"), cell(five, metric, "grpo")))
         assert narrow > 0.8 * wide
+
+
+@pytest.mark.parametrize("trials", [1, 3])
+def test_rates_that_never_vary_have_an_interval(trials):
+    def rows(refusal):
+        return [row(i, ok=False, refusal=refusal, trial=t) for i in range(16) for t in range(trials)]
+
+    s = summarize({"sft": rows(False), "grpo": rows(True)})
+    low, high = cell(s, "refusal_rate", "sft"), cell(s, "refusal_rate", "grpo")
+    assert (low["low"], low["high"]) == (0, pytest.approx(0.194, abs=1e-3))
+    assert (high["low"], high["high"]) == (pytest.approx(1 - low["high"]), 1)
+    change = comparison(s, "refusal_rate", "sft", "grpo")
+    assert change["difference"] == 1 == change["high"] and 0.5 < change["low"] < 0.8
+    assert change["p"] == pytest.approx(2 / 2**16) and change["n"] == 16 * trials
+    same = comparison(s, "parse_rate", "sft", "grpo")
+    assert same["low"] < -0.1 and same["high"] > 0.1 and same["p"] == 1
 
 
 def test_one_prompt_has_no_interval():

@@ -206,19 +206,34 @@ GOOD_ROW = {"question_id": "harm.request.g1", "prompt": "p", "response": "r", "l
     ("rows", "message"),
     [
         ([{**GOOD_ROW, "label": "A"}], "row 1: a gate question has no label 'A'"),
-        ([GOOD_ROW, {**GOOD_ROW, "question_id": "x"}], "row 2: rubric hhh has no question 'x'"),
+        ([GOOD_ROW, {**GOOD_ROW, "question_id": "x"}], "row 2: rubric hhh has no question 'x': give .* --fixtures"),
         ([{**GOOD_ROW, "note": "x"}], "row 1: expected text for the keys"),
         ([{k: v for k, v in GOOD_ROW.items() if k != "label"}], "row 1: expected text for the keys"),
         ([{**GOOD_ROW, "prompt": 3}], "row 1: expected text"),
         ([{**GOOD_ROW, "response": "  "}], "row 1: an empty prompt or response"),
         ([GOOD_ROW, GOOD_ROW], "the same case stands twice"),
         (["text"], "row 1: expected text for the keys"),
-        ([], "holds no fixtures"),
+        ([], "mine.jsonl is empty"),
     ],
 )
 def test_bad_files(tmp_path: Path, rows: list[Any], message: str) -> None:
     path = tmp_path / "mine.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    with pytest.raises(UserError, match=message) as caught:
+        load_fixtures(RUBRIC, path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (json.dumps(GOOD_ROW) + '\n{"question_id": "har', r"mine\.jsonl, line 2: expected JSON"),
+        (json.dumps({**GOOD_ROW, "prompt": "é"}, ensure_ascii=False), r"mine\.jsonl is not UTF-8"),
+    ],
+)
+def test_a_broken_last_row_and_another_encoding_are_refused(tmp_path: Path, data: str, message: str) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_bytes(data.encode("latin-1"))
     with pytest.raises(UserError, match=message) as caught:
         load_fixtures(RUBRIC, path)
     assert "\n" not in str(caught.value)

@@ -226,6 +226,38 @@ def test_dimensions_are_proposed_for_a_bare_principle(tmp_path: Path) -> None:
     assert [d.name for d in rubric.dimensions] == ["Respect", "Promptness"]
 
 
+def test_a_dimension_has_a_name_of_its_own_across_principles(tmp_path: Path) -> None:
+    (tmp_path / "bare.md").write_text("# courtesy\nTime counts.\n# truth\nFacts count.\n# care\nx\n## Promptness\ny\n")
+
+    def named(*names: str) -> str:
+        text = "Some words about what it asks for."
+        return json.dumps({"dimensions": [{"name": n, "text": text} for n in names]})
+
+    bare = load_constitution(tmp_path / "bare.md")
+    proposed = [named("Promptness"), named("Clear Words"), named("Clear words"), named("Proof")]
+    third = reply("show a sign of care", "look after the person who asks", "offer further help at the end")
+    writer = Script([*proposed, *GOOD, third])
+    rubric = generate(bare, writer, tmp_path / "out", dimensions=1, **SMALL)
+    assert [d.name for d in rubric.dimensions] == ["Clear Words", "Proof", "Promptness"]
+    assert "some names stand twice: Promptness are taken" in writer.asked[1][0][-1]["content"]
+    assert "some names stand twice: Clear words are taken" in writer.asked[3][0][-1]["content"]
+    with pytest.raises(UserError, match="no usable dimension for 'truth' in 2 tries"):
+        generate(bare, Script([named("Clarity")] * 3), tmp_path / "no", dimensions=1, tries=2, **SMALL)
+
+
+def test_a_reply_with_too_few_questions_is_sent_back_and_a_lasting_lack_is_told(
+    courtesy: Constitution, tmp_path: Path
+) -> None:
+    few = reply("thank the reader for writing", "address the reader by name")
+    writer = Script([few, GOOD[1], GOOD[0]])
+    rubric = generate(courtesy, writer, tmp_path / "out", **SMALL)
+    assert len(rubric.questions) == 6 and "- only 1 of 2 graded questions" in writer.asked[2][0][-1]["content"]
+    told: list[str] = []
+    options = {**SMALL, "say": told.append}
+    generate(courtesy, Script([few, GOOD[1], few]), tmp_path / "less", tries=2, **options)
+    assert [line for line in told if "only" in line] == ["Respect: only 1 of 2 graded questions"]
+
+
 @pytest.mark.parametrize("kept", [0, 1, 2])
 def test_a_breakdown_anywhere_goes_on_to_the_same_draft(courtesy: Constitution, tmp_path: Path, kept: int) -> None:
     replies = ["<html>", GOOD[1], GOOD[0]]

@@ -685,6 +685,69 @@ def test_other_weights_are_another_judge(tmp_path, store):
     assert rescore(tmp_path / "m", [judge], kept, again=True) == {"counting": 24} and len(seen) == 2 * once
 
 
+def without(folder, key):
+    "Rows of a folder without something of their verdicts."
+    for path in folder.glob("*/*.jsonl"):
+        rows = list(read_jsonl(path))
+        for v in (v for r in rows for v in r["verdicts"].values()):
+            del v[key]
+        generations.write_jsonl(path, rows)
+
+
+def test_a_judge_that_changed_in_its_place_is_asked_anew(tmp_path, store):
+    weights = ["one"]
+    judge, seen = counting()
+    judge = replace(judge, identity=lambda: {"spec": "hf:/judge", "weights": weights[0]})
+    rows = grid_rows(tmp_path, store, judges=(judge, STRINGS))
+    once = len(seen)
+    assert once and rescore(tmp_path / "m", [judge], store) == {"counting": 0}
+    weights[0] = "two"
+    assert rescore(tmp_path / "m", [judge], store) == {"counting": 24} and len(seen) == 2 * once
+    whos = {r["verdicts"]["counting"]["who"] for r in (*rows, *read_rows(tmp_path / "m"))}
+    assert len(whos) == 2 and rescore(tmp_path / "m", [judge], store) == {"counting": 0}
+    without(tmp_path / "m", "who")  # rows of an older folder: the note decides
+    assert rescore(tmp_path / "m", [judge], store) == {"counting": 0}
+    assert rescore(tmp_path / "m", [replace(judge, note="tuned again")], store) == {"counting": 24}
+
+
+def test_other_words_are_another_judge(tmp_path, store):
+    judge, seen = counting()
+    rows = grid_rows(tmp_path, store, judges=(judge,))
+    other = replace(judge, version="reply")
+    assert set(generations._decision_keys(judge, rows)).isdisjoint(generations._decision_keys(other, rows))
+    once = len(seen)
+    assert rescore(tmp_path / "m", [other], store) == {"counting": 24} and len(seen) == 2 * once
+
+
+def test_a_named_judge_is_loaded_only_if_its_files_changed(tmp_path, store, monkeypatch):
+    folder, loaded = tuned_folder(tmp_path / "judge"), []
+    name = f"refusal:{folder}"
+
+    def judge(name):
+        loaded.append(name)
+        return replace(STRINGS, name=name, note=(folder / "adapter_model.safetensors").read_text())
+
+    grid_rows(tmp_path, store, judges=(STRINGS,))
+    monkeypatch.setattr(generations, "named_judge", judge)
+    assert [rescore(tmp_path / "m", [name], store)[name] for _ in range(2)] == [24, 0] and loaded == [name]
+    without(tmp_path / "m", "who")
+    (tmp_path / "m" / "judges.json").unlink()
+    assert rescore(tmp_path / "m", [name], store) == {name: 0} and len(loaded) == 2
+    (folder / "adapter_model.safetensors").write_text("tuned again")
+    assert [rescore(tmp_path / "m", [name], store)[name] for _ in range(2)] == [24, 0] and len(loaded) == 3
+
+
+@pytest.mark.parametrize("key", ["note", "who"])
+def test_two_judges_of_one_name_make_no_table(tmp_path, store, key):
+    a, b = (grid_rows(tmp_path, store, name=n) for n in "ab")
+    for r in b:
+        r["verdicts"]["anywhere"][key] = "another"
+    said = f"anywhere is two judges in these rows ({a[0]['verdicts']['anywhere'][key]!r} and 'another'): put one to all"
+    for call in (lambda: rates([*a, *b]), lambda: compare(a, b), lambda: measure([*a, *b])):
+        assert said in message(call)
+    assert measure([*a, *b], ["strings:qalign"]).cells and compare(a, b, ["strings"]).lines and rates(b).lines
+
+
 def test_again_asks_again(tmp_path, store):
     said = ["refusal"]
     judge, seen = counting(decide=lambda c: Decision(said[0]))
@@ -854,6 +917,35 @@ def test_rates_are_those_of_two_judges(tmp_path, store, missing, transcripts):
             assert {k: line[k] for k in want} == want
             assert (line["kappa"], line["both"], tuple(line["differ"])) == (two.kappa[0], two.n, two.differ)
             assert line["with"] != line["judge"] and line["prompts"] == 4
+
+
+@pytest.mark.parametrize("missing, rate", [("harmful", 1.0), ("apart", None)])
+def test_a_transcript_without_a_revision_counts_also_where_a_judge_failed(tmp_path, store, missing, rate):
+    mute, _ = counting(decide=lambda c: Decision(None, status="failed", reason="mute"))
+    rows = grid_rows(tmp_path, store, lambda p, n: NO, transcripts=True, judges=(STRINGS, mute))
+    lines = [r for r in rates(rows, missing=missing).lines if r["of"] == "attack success"]
+    assert [(r["estimate"], r["failed"], r["missing"]) for r in lines] == [(rate, 0, 12)] * 2
+    cells = [c for c in measure(rows, missing=missing).cells if c.of == "attack success"]
+    assert [(c.rate and c.rate.estimate, c.failed, c.missing) for c in cells] == [(rate, 0, 12)] * 2
+
+
+def graded(name):
+    "A judge that gives every answer a score, by its length."
+    judge, _ = counting("harm", name, lambda c: Decision("harmful", score=min(1.0, len(c.answer) / 100)))
+    return judge
+
+
+def test_strong_reject_has_a_mean_score(tmp_path, store):
+    judges = (STRINGS, graded("strong-reject:some model"), graded("rubric:some model"))
+    rows = grid_rows(tmp_path, store, lambda p, n: "draft <think> open" if p[-1] == "3" else YES, judges=judges)
+    table = rates([r for r in rows if r["set"] == "bad"])
+    assert [r["mean_score"] and (r["mean_score"].estimate, r["mean_score"].n) for r in table.lines] == [
+        None,
+        (pytest.approx(len(YES) / 100), 9),
+        None,
+    ]
+    assert [row[5] for row in table.cells] == ["score", "–", "0.31 [0.31, 0.31], n 9", "–"]
+    assert "score" not in rates(rows, ["strings", "rubric:some model"]).cells[0]
 
 
 def test_the_table(tmp_path, store):
@@ -1054,6 +1146,19 @@ def test_written_rows_are_read_back(tmp_path, store):
 
 
 # With weights
+
+
+def test_the_precision_of_vllm_names_its_answers(store, tmp_path):
+    from qalign.vllm_engine import VLLMEngine
+
+    def engine(dtype):
+        hub = SimpleNamespace(_commit_hash="c0ffee")
+        config = SimpleNamespace(model=str(tmp_path / "none"), dtype=dtype, hf_config=hub)
+        return VLLMEngine(SimpleNamespace(llm_engine=SimpleNamespace(model_config=config)), None, "vllm:m")
+
+    whos = [engine(dtype).identity() for dtype in ("torch.bfloat16", "torch.float32")]
+    assert whos[0] == {"spec": "vllm:m", "precision": "bfloat16", "revision": "c0ffee"}
+    assert len({Sampling().key(who, "", "x", 0) for who in whos}) == 2
 
 
 def test_the_embedded_model_and_an_adapter(tmp_path, store):

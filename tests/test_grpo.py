@@ -27,6 +27,7 @@ from qalign.core import UserError, append_jsonl, load_settings, presets, read_js
 from qalign.grpo import (
     argument_table,
     cadence,
+    check_grpo,
     find_checkpoint,
     grpo_arguments,
     lr_warning,
@@ -59,6 +60,7 @@ MICRO = {
     "scores": "hard",
 }
 PLAIN = {**MICRO, "grpo_steps": 6}  # one generation a step; six steps are three passes over the prompts
+FOUR_BIT = {**PLAIN, "quantization": "nf4", "lr": 1e-5, "grpo_steps": 3}
 REUSED = {**MICRO, "grpo_steps": 10, "steps_per_generation": 2, "num_iterations": 2}  # one generation in four steps
 
 
@@ -83,16 +85,12 @@ class StubJudge:
         return Scorecard(prompt, response, said, pool(RUBRIC, said), tokens=1, seconds=0.0)
 
 
-def micro_model(settings, half: bool = False):
+def micro_model(settings):
     from qalign.bench import shape_engine
     from qalign.sft import add_adapter
 
-    engine = shape_engine("micro", "fp32")
-    model = add_adapter(engine.model, settings)
-    if half:  # TRL keeps the adapter of a 4-bit base in 16 bits
-        for p in model.parameters():
-            p.data = p.data.bfloat16() if p.requires_grad else p.data
-    return model, engine.tokenizer
+    engine = shape_engine("micro", "nf4" if settings.quantization == "nf4" else "fp32")
+    return add_adapter(engine.model, settings), engine.tokenizer
 
 
 def any_text_is_a_transcript() -> None:
@@ -100,7 +98,7 @@ def any_text_is_a_transcript() -> None:
     import qalign.reward as reward
 
     score = reward._score
-    reward._score = lambda judge, s, prompts, done, ids, cut, first: score(judge, s, prompts, done, ids, None, first)
+    reward._score = lambda judge, s, prompts, done, ids, cut, first: score(judge, s, prompts, done, ids, (), first)
     reward.parse_trace = lambda text: Trace(
         text[: len(text) // 2] or "a", "Wait.", text[len(text) // 2 :] or "b", True, ""
     )
@@ -140,6 +138,13 @@ def hook(point: str, n: int, run: Path) -> dict:
     return out
 
 
+def no_memory(n: int, at: int) -> None:
+    import torch
+
+    if n == at:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+
 def breaks(point: str, n: int) -> dict:
     "Something goes wrong, once, at the n-th call of the judge or in step n."
     out = {"judge": lambda number: None, "log": lambda row: None}
@@ -150,6 +155,8 @@ def breaks(point: str, n: int) -> dict:
                 raise ConnectionError("connection refused")
 
         out["judge"] = dead
+    elif point == "memory":
+        out["judge"] = lambda number: no_memory(number, n)
     elif point == "nan":
         import trl
 
@@ -184,9 +191,7 @@ def restless(model, tokenizer):
     return [{"refusal": True, "helpfulness": 0.5}, {"refusal": False, "helpfulness": None}]
 
 
-def job(
-    run: str, overrides: dict, kill=(), resume=False, half=False, fault=(), canaries=False, unguarded=False
-) -> None:
+def job(run: str, overrides: dict, kill=(), resume=False, fault=(), canaries=False, unguarded=False) -> None:
     "Train in this process; what came out is in final.json."
     import torch
 
@@ -196,8 +201,9 @@ def job(
     any_text_is_a_transcript()
     if unguarded:
         grpo.cadence = lambda settings: settings.save_steps
-    model, tokenizer = micro_model(settings, half)
+    model, tokenizer = micro_model(settings)
     hooks = hook(*kill, folder) if kill else breaks(*(fault or ("", 0)))
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad and "lora_A" in n}
     random.seed(len(run))  # what this process drew before must not matter
     torch.manual_seed(len(run))
     said: list[str] = []
@@ -218,7 +224,10 @@ def job(
         if ".default." in name:
             digest.update(str(p.dtype).encode() + p.detach().float().numpy().tobytes())
             moved += float(p.detach().float().abs().sum()) if "lora_B" in name else 0.0
+    now = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
     out = {"adapter": digest.hexdigest(), "moved": moved, "error": error, "said": said}
+    out["dtypes"] = sorted({str(p.dtype) for p in now.values()})
+    out["still"] = float(torch.cat([(now[n] == p).flatten().float() for n, p in before.items()]).mean())
     (folder / "final.json").write_text(json.dumps(out))
 
 
@@ -243,11 +252,11 @@ def whole(children, tmp_path_factory):
     "Uninterrupted runs, made once each."
     made: dict[str, Path] = {}
 
-    def get(overrides: dict, half: bool = False) -> Path:
-        key = json.dumps([overrides, half])
+    def get(overrides: dict) -> Path:
+        key = json.dumps(overrides)
         if key not in made:
             made[key] = tmp_path_factory.mktemp("whole")
-            assert children(str(made[key]), overrides, half=half) == 0
+            assert children(str(made[key]), overrides) == 0
         return made[key]
 
     return get
@@ -264,10 +273,10 @@ def records(run: Path) -> dict:
     return {**rows, "adapter": final["adapter"], "alarms": alarms, "steps": steps, "credit": credit}
 
 
-def killed_and_resumed(children, run: Path, overrides: dict, kill: tuple, half: bool = False) -> dict:
-    assert children(str(run), overrides, kill, half=half) == -signal.SIGKILL
+def killed_and_resumed(children, run: Path, overrides: dict, kill: tuple) -> dict:
+    assert children(str(run), overrides, kill) == -signal.SIGKILL
     assert not (run / "final.json").exists()
-    assert children(str(run), overrides, resume=True, half=half) == 0
+    assert children(str(run), overrides, resume=True) == 0
     assert json.loads((run / "final.json").read_text())["error"] == ""
     return records(run)
 
@@ -294,10 +303,14 @@ def test_resume_with_reused_generations(children, whole, tmp_path, kill):
 
 
 @pytest.mark.slow
-def test_resume_of_a_16_bit_adapter(children, whole, tmp_path):
-    equal(
-        records(whole(PLAIN, half=True)), killed_and_resumed(children, tmp_path / "run", PLAIN, ("log", 4), half=True)
-    )
+def test_resume_over_a_4_bit_base(children, whole, tmp_path):
+    equal(records(whole(FOUR_BIT)), killed_and_resumed(children, tmp_path / "run", FOUR_BIT, ("log", 3)))
+
+
+def test_an_adapter_over_a_4_bit_base_is_trained_in_float32(whole):
+    "TRL would round it to bf16, where a step of this size changes hardly any weight."
+    final = json.loads((whole(FOUR_BIT) / "final.json").read_text())
+    assert final["dtypes"] == ["torch.float32"] and final["still"] < 0.01
 
 
 @pytest.mark.slow
@@ -360,6 +373,7 @@ def test_nan_and_a_torn_checkpoint(children, whole, tmp_path):
     [
         (("judge dies", 4), "GRPO stopped in step 4: connection refused (the checkpoint of step 3 stands)"),
         (("judge dies", 1), "GRPO stopped in step 1: connection refused (there is no checkpoint yet)"),
+        (("memory", 3), "GRPO stopped in step 3: memory ran out: lower generate_batch, micro_batch or judge_chunk"),
         (("disk", 3), "the checkpoint of step 3 could not be written (OSError: [Errno 27] File too large)"),
     ],
 )
@@ -611,6 +625,23 @@ def test_the_order_is_trls_own_over_many_passes(prompts, steps, together, again,
 def test_too_few_prompts_are_refused():
     with pytest.raises(UserError, match="one generation wants 3 prompts, got 2"):
         prompt_order(2, load_settings("tiny"))
+
+
+@pytest.mark.parametrize(
+    ("given", "prompts", "why"),
+    [
+        ({"prompts_per_step": 8}, 7, "one generation wants 8 prompts, got 7"),
+        ({"prompts_per_step": 4, "steps_per_generation": 2}, 7, "one generation wants 8 prompts, got 7"),
+        ({"report_to": "trackio"}, 9, "report_to = trackio needs its package"),
+        ({"kl": 0, "stop_kl": 0.1}, 9, "stop_kl watches the KL to the reference, and kl = 0 has none"),
+    ],
+)
+def test_what_grpo_would_refuse_is_known_beforehand(given, prompts, why, monkeypatch):
+    monkeypatch.setattr(grpo, "installed", lambda name: None)
+    with pytest.raises(UserError, match=why):
+        check_grpo(load_settings("tiny", **given), prompts)
+    check_grpo(load_settings("tiny", **given, grpo_steps=0), prompts)
+    check_grpo(load_settings("tiny", kl=0), 9)
 
 
 # ---- straight from TRL

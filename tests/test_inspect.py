@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,12 +23,13 @@ from inspect_ai.model import (
 )
 from test_benchmarks import SHAPES, save, table
 
-from qalign import inspect_tasks
+from qalign import cli, generations, inspect_tasks
 from qalign.benchmarks import BENCHMARKS, Item
 from qalign.core import UserError
-from qalign.generations import Store, compare, rates, read_rows, rescore, write_rows
+from qalign.generations import Store, _signed, compare, rates, read_rows, rescore, write_rows
 from qalign.inspect_tasks import TASKS, judged, output_text, rows_from_log, safety_task, strings
 from qalign.safety import Decision, SafetyJudge, string_judge
+from qalign.tables import measure, read_records
 
 NO, YES = "I'm sorry, but I can't help with that.", "Sure. Begin with a clean table."
 ROOT = Path(__file__).parents[1]
@@ -268,6 +270,69 @@ def test_rows_go_on(tmp_path):
     assert table == {(m, j): r for m, r in (("start", 1.0), ("grpo", 0.5)) for j in ("other", "strings:qalign")}
     assert [one(log)[0]["mean"] for log in logs] == [table["start", "other"], table["grpo", "other"]]
     assert compare(*(read_rows(tmp_path / "e", m) for m in ("start", "grpo"))).lines[0]["less"] == 3
+
+
+@pytest.mark.parametrize("missing, rate", [("harmful", 0.5), ("apart", 0.0)])
+def test_a_missing_answer_is_a_row_like_those_of_a_grid(tmp_path, missing, rate):
+    answer = lambda t: NO if int(t[-1]) % 2 else "draft <think> open"  # noqa: E731
+    rows = rows_from_log(run(tmp_path, safety_task("s", items(4)), answer, epochs=1), "m")
+    assert {(v["status"], v["label"]) for r in rows for v in r["verdicts"].values()} == {
+        ("ok", "refusal"),
+        ("missing", None),
+    }
+    write_rows(tmp_path / "e", rows)
+    assert measure(read_records(tmp_path / "e"), missing=missing).cells[0].rate.estimate == rate
+
+
+def test_scores_and_rescoring_are_of_one_judge(tmp_path):
+    rows = rows_from_log(run(tmp_path, safety_task("s", items(3)), lambda t: YES, epochs=1), "m")
+    assert {r["verdicts"]["strings:qalign"]["who"] for r in rows} == {_signed(string_judge())["who"]}
+
+
+def logs_of(tmp_path, *answers):
+    return [run(tmp_path, safety_task("s", items(3)), lambda t, a=a: a, epochs=1).location for a in answers]
+
+
+def rescored(monkeypatch, capsys, *args):
+    "Exit code and what is said by `qalign eval rescore ARGS` with judges of phrases."
+    monkeypatch.setattr(generations, "cache_path", lambda name: Path(args[0]).parent / name)
+    judges = ("--judge", "strings", "--judge", "strings:again")
+    monkeypatch.setattr(
+        generations, "string_judge", lambda name="qalign": replace(string_judge(), name=f"strings:{name}")
+    )
+    monkeypatch.setattr(sys, "argv", ["qalign", "eval", "rescore", *map(str, args), *judges])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return stop.value.code, " ".join(capsys.readouterr())
+
+
+def test_logs_take_nobody_s_place(tmp_path, monkeypatch, capsys):
+    a, b = logs_of(tmp_path, YES, NO)
+    code, said = rescored(monkeypatch, capsys, tmp_path / "e", "--log", a, "--log", b, "--name", "x")
+    assert code == 2 and "the logs hold answers of x to s twice: give each log a --seed" in said
+    assert not (tmp_path / "e").exists()
+    assert rescored(monkeypatch, capsys, tmp_path / "e", "--log", a, "--name", "x")[0] == 0
+    before = read_rows(tmp_path / "e")
+    assert all(len(r["verdicts"]) == 2 for r in before)
+    code, said = rescored(monkeypatch, capsys, tmp_path / "e", "--log", b, "--name", "x")
+    assert code == 2 and "x.jsonl holds other answers: give another --name" in said
+    assert rescored(monkeypatch, capsys, tmp_path / "e", "--log", a, "--name", "x")[0] == 0
+    assert read_rows(tmp_path / "e") == before
+
+
+def test_logs_of_several_seeds_are_one_model(tmp_path, monkeypatch, capsys):
+    a, b = logs_of(tmp_path, YES, NO)
+    logs = ("--log", a, "--log", b, "--name", "x")
+    code, said = rescored(monkeypatch, capsys, tmp_path / "e", *logs, "--seed", "1")
+    assert code == 2 and "expected no --seed, or one for each --log, got 1 for 2" in said
+    assert rescored(monkeypatch, capsys, tmp_path / "e", *logs, "--seed", "1", "--seed", "2")[0] == 0
+    assert sorted(p.stem for p in (tmp_path / "e").glob("s/*.jsonl")) == ["x@1", "x@2"]
+    rows = read_rows(tmp_path / "e", "x")
+    assert {(r["seed"], r["output"]) for r in rows} == {(1, YES), (2, NO)} and len({r["key"] for r in rows}) == 6
+    [line, _] = rates(rows).lines
+    assert (line["estimate"], line["n"], line["seeds"]) == (0.5, 6, [1, 2])
+    code, said = rescored(monkeypatch, capsys, tmp_path / "e", "--log", a, "--name", "x")
+    assert code == 2 and "x is named with a seed and without" in said
 
 
 def test_no_log_of_ours(tmp_path):

@@ -350,9 +350,22 @@ def test_the_base_score_is_none_exactly_where_too_many_failed(
     rubric: Rubric, salt: int, share: float, limit: float
 ) -> None:
     for card in Judge(rubric, Stub(rubric, flaky(str(salt), share)), max_failed=limit, abort=1).score_many(pairs_of(3)):
-        lost = sum(v.status == "failed" for v in card.verdicts) / len(card.verdicts)
+        lost = sum(v.status == "failed" for v in card.verdicts) / len(rubric.questions)
         assert card.score.failed == lost and card.score == pool(rubric, card.verdicts, max_failed=limit)
         assert lost <= limit or card.score.base is None
+
+
+def test_skipped_grades_count_in_the_share_that_failed() -> None:
+    rubric = make_rubric([[(1, 3)] * 6])
+
+    def rule(prompt: str, response: str, q: Question) -> Answer:
+        if q.id == "p0d5.q0":
+            return EngineError("lost")
+        return one_hot("FALSE" if q.kind == "gate" and q.id != "p0d5.g0" else LABELS[q.kind][0], q.kind)
+
+    cheap, whole = (Judge(rubric, Stub(rubric, rule), gates_first=g).score("p", ["r"])[0] for g in (True, False))
+    assert len(cheap.verdicts) == 9 and len(whole.verdicts) == 24
+    assert cheap.score == whole.score and cheap.score.failed == 1 / 24
 
 
 @CALM
@@ -365,7 +378,7 @@ def test_gates_first_changes_no_part_of_the_score_where_some_failed(rubric: Rubr
         for g in (True, False)
     ]
     for a, b in zip(*both, strict=True):
-        assert replace(a.score, failed=0) == replace(b.score, failed=0)
+        assert replace(a.score, failed=0) == replace(b.score, failed=0) and a.score.failed <= b.score.failed
 
 
 def thirds(prompt: str, response: str, q: Question) -> Answer:
@@ -479,6 +492,23 @@ def test_a_gate_known_to_fail_spares_its_grades(mode: str, cache: VerdictCache) 
     thorough = Stub(RUBRIC, rule)
     Judge(RUBRIC, thorough, mode=mode, cache=cache, gates_first=False).score("p", ["r"])
     assert sorted(q for *_, q in thorough.asked) == ["p0d0.q0", "p0d0.q1", "p1d0.q0"]
+
+
+@pytest.mark.parametrize("mode", ["direct", "reasoned"])
+def test_a_gate_that_another_process_found_to_hold_has_its_grades_asked(mode: str, cache: VerdictCache) -> None:
+    "This process finds the gate FALSE and skips its grades; the cache holds TRUE by the time it writes."
+    judge = Judge(RUBRIC, Stub(RUBRIC, fixed()), mode=mode, cache=cache)
+    gate = RUBRIC.dimensions[0].gates[0]
+
+    def rule(prompt: str, response: str, q: Question) -> Answer:
+        if q == gate and response == "r1":
+            cache.put_many({key_in(judge, q, prompt, response): Verdict(q.id, "TRUE", one_hot("TRUE", "gate"))})
+        return fixed(**{gate.id.replace(".", "_"): "FALSE"})(prompt, response, q)
+
+    engine = Stub(RUBRIC, rule)
+    cards = Judge(RUBRIC, engine, mode=mode, cache=cache).score_many([("p", "r0"), ("p", "r1")])
+    assert [c.score.dimensions["p0d0"] for c in cards] == [-1, 1] and len(cards[1].verdicts) == len(RUBRIC.questions)
+    assert [x for x in engine.asked if x[1] == "r1"][-2:] == [("p", "r1", "p0d0.q0"), ("p", "r1", "p0d0.q1")]
 
 
 @pytest.mark.parametrize("mode", ["direct", "reasoned"])

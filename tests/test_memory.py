@@ -232,6 +232,17 @@ def test_group_size_is_the_last_resort() -> None:
         assert "group_size" not in [c[0] for c in advise(plan(load_settings("gpu80")), gb).changes]
 
 
+def test_who_writes_decides_what_a_card_must_hold() -> None:
+    gpu = load_settings("gpu24")
+    own, served, other = (plan(gpu.replace(rollout=r)) for r in ("hf", "vllm", "openai:m@http://localhost:9/v1"))
+    assert {"prefill", "decode"} <= set(own.peaks) and not {"prefill", "decode"} & {*served.peaks, *other.peaks}
+    assert other.peaks["backward"] == own.peaks["backward"]
+    weights = count_weights(model_config("Llama-3.1-8B"))
+    base = 2 * (sum(o * i for o, i in weights.linear) + weights.plain)
+    for phase, ours in other.peaks.items():  # vLLM's share holds its base, the rest what is ours
+        assert served.peaks[phase] == round(max(ours / 0.7, base / 0.3))
+
+
 def test_views() -> None:
     p = plan(STEP, SMALL)
     assert p.peak == max(p.peaks.values()) == p.peaks[p.phase]

@@ -108,6 +108,23 @@ def test_only_parts_that_are_trained_on_are_compared(part, published):
         assert message(make_plan, TINY).startswith("1 of 72 training prompts stand in malicious_instruct (1): drop ")
 
 
+def test_what_grpo_would_refuse_ends_the_plan(tmp_path):
+    (tmp_path / "mine.txt").write_text("\n".join(f"Tell me secret number {i}." for i in range(25)))
+    said = message(make_plan, load_settings("gpu24"), str(tmp_path / "mine.txt"))
+    assert said == "one generation wants 16 prompts, got 9: lower prompts_per_step"
+    assert "expected rollout trl, hf" in message(make_plan, TINY.replace(rollout="vlm"))
+
+
+def test_held_out_benign_prompts_are_not_trained_on():
+    assert "stand on both sides" in message(make_plan, TINY, "benign")
+
+
+def test_fewer_benign_prompts_are_said():
+    assert make_plan(TINY).notes == () and make_plan(TINY).source == "harmful, shipped with the kit"
+    [note] = make_plan(TINY.replace(eval_benign=100)).notes
+    assert note.startswith("60 benign prompts are fewer than the preset wants: benign ")
+
+
 @pytest.mark.parametrize("until", ["grop", "end", "Start"])
 def test_a_misspelt_stage_leaves_no_folder(until, tmp_path):
     said = message(pipeline.run, TINY, tmp_path / "x", until=until)

@@ -1,6 +1,7 @@
 "The project around the rooms: what an import costs, what a wheel holds, whether settings, pins and presets agree."
 
 import dataclasses
+import json
 import os
 import re
 import resource
@@ -72,6 +73,24 @@ def closure(requirements: list[str]) -> set[str]:
         names.add(name)
         todo += [Requirement(d) for d in metadata.requires(name) or []]
     return names
+
+
+def test_the_extras_bring_what_the_pages_import():
+    "Without `dev`: a reader who runs the notebooks needs no tools of ours."
+    extras = ("train", "eval", "lab", "interop")
+    ours = closure(PROJECT["dependencies"] + [r for e in extras for r in PROJECT["optional-dependencies"][e]])
+    owners, found = metadata.packages_distributions(), set()
+    for page in (ROOT / "nbs").glob("*.ipynb"):
+        cells = json.loads(page.read_text(encoding="utf-8"))["cells"]
+        text = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+        found |= set(re.findall(r"^(?:import|from) (\w+)", text, re.M))
+    for module in found & owners.keys() - {"qalign"}:
+        assert {canonicalize_name(d) for d in owners[module]} & ours, module
+
+
+def test_typer_has_the_exception_that_the_command_line_catches():
+    [typer] = (r for r in map(Requirement, PROJECT["dependencies"]) if r.name == "typer")
+    assert not typer.specifier.contains("0.27.3") and typer.specifier.contains("0.28.0")
 
 
 def test_import_is_quick():

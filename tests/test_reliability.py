@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from qalign import reliability
 from qalign.core import UserError, content_hash, data_path, read_jsonl
-from qalign.engine import Answer, EngineError, Leads, Segment, Usage
+from qalign.engine import Answer, EngineError, HFEngine, Leads, Segment, Usage
 from qalign.fixtures import load_fixtures
 from qalign.judge import LABELS, Judge
 from qalign.lint import lint, open_findings
@@ -32,6 +32,7 @@ from qalign.reliability import (
     load_groups,
     load_human_labels,
     noise_floor,
+    other_precisions,
     paraphrase,
     reliability_figure,
     reliability_table,
@@ -698,6 +699,36 @@ def test_checks_and_engines_can_be_added(tmp_path: Path) -> None:
         path = tmp_path / "r" / "half.jsonl"
         path.write_text(path.read_text().split("\n")[0] + "\n")
         run(tmp_path / "r", others={"half": lambda: Stub(drawn(), "quarter")})
+
+
+def test_an_engine_that_cannot_read_the_rubric_first_goes_without_that_check(tmp_path: Path) -> None:
+    class Server(Stub):
+        reads_leads = False
+
+    said: list[str] = []
+    table = run(tmp_path / "r", Server(drawn()), say=said.append)
+    assert [r["check"] for r in table] == [c for c in (*CHECKS, "half") if c != "layout"]
+    assert "layout: left out, stub cannot read the rubric before the response" in said
+
+
+def test_a_judge_is_not_compared_with_itself(tmp_path: Path) -> None:
+    said: list[str] = []
+    others = {"bf16": lambda: Stub(drawn()), "half": lambda: Stub(drawn("half"), "half")}
+    table = run(tmp_path / "r", checks=(), others=others, say=said.append)
+    assert [r["check"] for r in table] == ["half"] and "bf16: left out, it is the judge itself" in said
+    assert not (tmp_path / "r" / "bf16.jsonl").exists()
+
+
+def test_precisions_are_those_of_a_model_in_this_process() -> None:
+    said: list[str] = []
+    here = HFEngine(None, None, "hf:m")
+    with pytest.raises(UserError, match=r"unknown precision 'int8': choose from none \(bf16\), nf4, fp32"):
+        other_precisions(here, ["none", "int8"], Stub)
+    made = other_precisions(here, ["none", "nf4"], lambda name: Stub(drawn(), name), said.append)
+    assert {name: load().spec for name, load in made.items()} == {"bf16": "none", "nf4": "nf4"} and not said
+    assert other_precisions(Stub(drawn(), "openai:m@x"), ["nf4"], Stub, said.append) == {}
+    assert said == ["precisions: left out, openai:m@x has the one it was started with"]
+    assert other_precisions(Stub(drawn()), [], Stub, said.append) == {} and len(said) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 "Room results: a copy of an evaluation holds nobody's text and gives the same tables."
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +86,65 @@ def test_judges_lose_folders_and_servers(evaluation, tmp_path, name, expected):
     write_jsonl(file, [{**r, "verdicts": {name: r["verdicts"]["guard"]}} for r in read_jsonl(file)])
     share(evaluation, tmp_path / "copy")
     assert {j for r in read_jsonl(tmp_path / "copy" / "xstest" / "start.jsonl") for j in r["verdicts"]} == {expected}
+
+
+def test_judges_that_would_be_one_are_refused(evaluation, tmp_path):
+    file = evaluation / "xstest" / "start.jsonl"
+    rows = list(read_jsonl(file))
+    for r, place in zip(rows, ("/a", "/b") * 6, strict=True):  # never both in one row
+        r["verdicts"][f"refusal:{place}/judge"] = r["verdicts"]["strings:qalign"]
+    write_jsonl(file, rows)
+    with pytest.raises(
+        UserError, match=r"^refusal:/a/judge and refusal:/b/judge are both refusal:judge in a copy: redo"
+    ):
+        share(evaluation, tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+
+
+def seeds_of(evaluation: Path) -> None:
+    "Make the rows of grpo those of two training seeds."
+    for path in evaluation.glob("*/grpo.jsonl"):
+        rows = list(read_jsonl(path))
+        for seed in (1, 2):
+            write_jsonl(path.with_name(f"grpo@{seed}.jsonl"), [{**r, "seed": seed} for r in rows])
+        path.unlink()
+
+
+def test_seeds_are_files_of_their_own(evaluation, tmp_path):
+    seeds_of(evaluation)
+    share(evaluation, tmp_path / "copy")
+    names = sorted(p.name for p in (tmp_path / "copy" / "xstest").iterdir())
+    assert names == ["grpo@1.jsonl", "grpo@2.jsonl", "start.jsonl"]
+    assert {r["seed"] for r in read_jsonl(tmp_path / "copy" / "xstest" / "grpo@2.jsonl")} == {2}
+    share(evaluation, tmp_path / "copy")
+    (tmp_path / "copy" / "xstest" / "grpo@1.jsonl").rename(tmp_path / "copy" / "xstest" / "grpo.jsonl")
+    with pytest.raises(UserError, match=r"xstest/grpo\.jsonl is of an older copy and holds grpo too: remove it"):
+        share(evaluation, tmp_path / "copy")
+
+
+def local(evaluation: Path, old: str, model: str) -> None:
+    "Call a model's capability by the folder it was loaded from, as it is without a name."
+    folder = evaluation / "capability" / old
+    record = json.loads((folder / "arc_challenge.json").read_text())
+    record["rows"][0]["model"] = model
+    write_json(folder / "arc_challenge.json", record)
+    folder.rename(folder.with_name(re.sub(r"[^\w.-]+", "-", model)))
+
+
+def test_capability_of_a_local_folder_keeps_its_last_name(evaluation, tmp_path):
+    local(evaluation, "grpo", "hf:/home/me/tuned")
+    share(evaluation, tmp_path / "copy")
+    assert sorted(p.name for p in (tmp_path / "copy" / "capability").iterdir()) == ["hf-tuned", "start"]
+    assert "hf:tuned" in write_tables(tmp_path / "copy", tmp_path / "out")[0].read_text()
+    assert "home-me" not in str(sorted((tmp_path / "copy").rglob("*")))
+
+
+def test_capability_of_two_models_that_would_be_one_is_refused(evaluation, tmp_path):
+    local(evaluation, "grpo", "hf:/home/me/tuned")
+    local(evaluation, "start", "hf:/home/you/tuned")
+    with pytest.raises(UserError, match=r"are both capability/hf-tuned/arc_challenge\.json in a copy"):
+        share(evaluation, tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
 
 
 def test_a_copy_of_a_copy_is_the_copy(evaluation, tmp_path):

@@ -252,6 +252,15 @@ def test_all_unparsable_does_not_wake_the_judge():
     assert (numbers["parse_failures"], numbers["all_bad"], numbers["all_good"], numbers["judge_tokens"]) == (1, 1, 0, 0)
 
 
+def test_only_a_completion_without_an_end_is_cut():
+    prompts, texts = batch()
+    full, f = TINY.completion_tokens, RubricReward(RandomJudge(), TINY, ends=(2, 7))
+    plain = f(prompts, texts)
+    tokens = [[1] * full, [1] * (full - 1) + [7], [1] * (full - 1), *[[1, 2]] * 9]
+    assert f(prompts, texts, completion_ids=tokens) == [-2.0, *plain[1:]]
+    assert [r.trace.problem for r in f.last][:2] == ["truncated", ""]
+
+
 def test_settings_reach_the_formula():
     prompts, texts = batch()
     f = RubricReward(RandomJudge(), TINY.replace(alpha=3, beta=2))

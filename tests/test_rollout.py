@@ -200,7 +200,7 @@ def trained(folder: Path, rollout, monkeypatch, model=None, tokenizer=None, **ov
     monkeypatch.setattr(
         reward_room,
         "_score",
-        lambda judge, s, prompts, done, ids, cut, first: score(judge, s, prompts, done, ids, None, first),
+        lambda judge, s, prompts, done, ids, cut, first: score(judge, s, prompts, done, ids, (), first),
     )
     trace = lambda text: Trace(text[: len(text) // 2] or "a", "Wait.", text[len(text) // 2 :] or "b", True, "")  # noqa: E731
     monkeypatch.setattr(reward_room, "parse_trace", trace)
@@ -596,6 +596,24 @@ def test_a_path_that_is_not_there_is_named(kind, why, monkeypatch):
         choose_rollout(kind, None, None, TINY, "run")
     with pytest.raises(UserError, match="needs vLLM"):
         load_lora_engine()
+
+
+@pytest.mark.parametrize("kind", ["vllm", "openai:m@http://localhost:9/v1"])
+def test_a_nucleus_is_refused_where_another_program_samples(kind, monkeypatch):
+    monkeypatch.setattr(room.util, "find_spec", lambda name: SimpleNamespace())
+    with pytest.raises(UserError, match=r"samples with top_p = 1 alone, got 0\.9: use rollout hf"):
+        room.check_rollout(TINY.replace(rollout=kind, top_p=0.9))
+    room.check_rollout(TINY.replace(rollout=kind))
+    room.check_rollout(TINY.replace(rollout="hf", top_p=0.9))
+
+
+@pytest.mark.parametrize(("quantization", "precision"), [("fp32", "fp32"), ("none", "none")])
+def test_vllm_serves_the_trainers_precision(quantization, precision, monkeypatch):
+    told = []
+    monkeypatch.setattr(room.util, "find_spec", lambda name: SimpleNamespace())
+    monkeypatch.setattr(room, "load_lora_engine", lambda *given: told.append(given))
+    choose_rollout("vllm", None, None, TINY.replace(quantization=quantization), "run")
+    assert [given[1] for given in told] == [precision]
 
 
 def test_the_measurement(tmp_path, model):

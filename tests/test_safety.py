@@ -753,6 +753,29 @@ def fixed(name: str, *said: str | None, kind: str = "refusal") -> SafetyJudge:
     return SafetyJudge(name, kind, ask, note=f"note of {name}")
 
 
+def test_judges_of_other_words_have_another_version():
+    engine: Any = SimpleNamespace(spec="m")
+    rubric = load_rubric("hhh")
+    made = [
+        llm_judge(engine, asks, mode) for asks in ("refusal", "harm", "strong_reject") for mode in ("direct", "reply")
+    ]
+    made += [rubric_judge(Judge(rubric, engine, **how)) for how in ({}, {"scores": "expected"}, {"max_failed": 0.5})]
+    made += [rubric_judge(Judge(rubric, engine), below=0.5), refusal_judge(engine)]
+    made += [string_judge(), string_judge(match="anywhere")]
+    assert len({j.version for j in made}) == len(made) and all(len(j.version) == 16 for j in made)
+    assert llm_judge(engine).version == made[0].version and string_judge().version == made[-2].version
+
+
+def test_the_version_of_a_list_is_that_of_its_phrases(tmp_path, monkeypatch):
+    monkeypatch.setenv("QALIGN_DATA", str(tmp_path))
+    (tmp_path / "refusal_lists").mkdir()
+    versions = []
+    for phrase in ("I'm sorry", "I cannot", "I'm sorry"):
+        (tmp_path / "refusal_lists" / "mine.yaml").write_text(f"must_mismatch_all:\n  - {phrase}\n")
+        versions.append(string_judge("mine").version)
+    assert versions[0] == versions[2] != versions[1]
+
+
 def test_two_judges_side_by_side():
     r, c = "refusal", "compliance"
     rows = [{"prompt": "x", "output": f"{i}", "id": i} for i in range(5)] + [{"prompt": "x", "output": "", "id": 5}]

@@ -205,6 +205,12 @@ def test_bad_specifications(spec: str) -> None:
         load_server(spec)
 
 
+@pytest.mark.parametrize("url", ["http://localhost:80O0/v1", "http://a/v1,http://[::1/v1"])
+def test_bad_addresses(url: str) -> None:
+    with pytest.raises(UserError, match=r"is no address \(Invalid port: .*\): expected openai:MODEL@http"):
+        load_server(f"openai:m@{url}")
+
+
 def test_load_engine_hands_on() -> None:
     engine = load_engine("openai:org/m@http://127.0.0.1:9/v1/")
     assert isinstance(engine, ServerEngine) and engine.spec == "openai:org/m@http://127.0.0.1:9/v1"
@@ -667,6 +673,36 @@ def test_a_rare_sampled_token_does_not_bound_what_was_left_out() -> None:
     assert all("left out FALSE, NA, which may hold up to 14.3%" in str(x) for x in row)
     with pytest.raises(EngineError, match=r"left out NA, which may hold up to 50\.0%"):
         first_token_probs(["TRUE", "NA"], [("TRUE", math.log(0.5))], drawn="TRUE")
+
+
+REST = {f"x{i}": 1e-4 for i in range(17)}
+
+
+@pytest.mark.parametrize(
+    ("top", "said"),
+    [
+        (
+            {"F": 0.9, "TRUE": 0.05, " T": 0.01, **REST},
+            r"left out FALSE, NA, part of TRUE, which may hold up to 94\.8%",
+        ),
+        ({"F": 0.9, "FA": 1e-5, "TRUE": 0.05, "NA": 0.04}, r"left out part of FALSE, which may hold up to 90\.9%"),
+        ({"TRUE": 0.7, "TR": 0.2, "FALSE": 0.05, "NA": 0.05}, r"left out part of TRUE, which may hold up to 20\.0%"),
+    ],
+)
+def test_what_begins_a_label_and_is_not_read_may_be_the_label(top: dict[str, float], said: str) -> None:
+    with pytest.raises(EngineError, match=said):
+        first_token_probs(["TRUE", "FALSE", "NA"], [(t, math.log(p)) for t, p in top.items()])
+
+
+def test_a_little_that_is_not_read_is_kept_as_a_bound() -> None:
+    top = {"TRUE": 0.6, "FALSE": 0.3, "NA": 0.09, "F": 0.004, "The": 0.006}
+    probs, missed = first_token_probs(["TRUE", "FALSE", "NA"], [(t, math.log(p)) for t, p in top.items()])
+    assert probs["FALSE"] == pytest.approx(0.3 / 0.99) and missed == pytest.approx(0.004 / 0.994)
+
+
+def test_labels_listed_as_impossible_are_no_answer() -> None:
+    with pytest.raises(EngineError, match="gave no label among its 2 likeliest first tokens"):
+        first_token_probs(["TRUE", "FALSE"], [("Sure", 0.0), ("TRUE", -9999.0)])
 
 
 def test_labels_that_share_their_first_token_cannot_be_told_apart() -> None:

@@ -578,6 +578,30 @@ def trained(rows: Any) -> Counter:
     return out
 
 
+def test_an_adapter_over_a_4_bit_base_is_what_a_folder_gives_back(tmp_path):
+    "TRL would leave it in bf16: a run that goes on from the folder would compute other numbers."
+    import torch
+    from peft import PeftModel
+    from peft.utils import get_peft_model_state_dict
+
+    from qalign.bench import shape_engine
+    from qalign.sft import add_adapter, train_sft
+
+    s = load_settings("tiny", quantization="nf4", sft_epochs=1, sft_batch=2, micro_batch=2, completion_tokens=512)
+    engine = shape_engine("micro", "nf4")
+    model = add_adapter(engine.model, s)
+    train_sft(model, engine.tokenizer, RECORDS, s, tmp_path / "trainer", lambda row: None)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    model.save_pretrained(str(tmp_path / "adapter"))
+    again = PeftModel.from_pretrained(shape_engine("micro", "nf4").model, str(tmp_path / "adapter"))
+    ours, theirs = get_peft_model_state_dict(model), get_peft_model_state_dict(again)
+    assert all(torch.equal(ours[k], theirs[k]) and ours[k].dtype == theirs[k].dtype for k in ours)
+    ids = torch.arange(5, 25)[None]
+    with torch.inference_mode():
+        here, there = (m.eval()(ids, use_cache=False).logits for m in (model, again))
+    assert torch.equal(here, there) and here.dtype == there.dtype
+
+
 def trainer(model: Any, tokenizer: Any, dataset: Any, folder: Path, **more: Any) -> Any:
     from datasets import disable_progress_bars
     from trl import SFTConfig, SFTTrainer

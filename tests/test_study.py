@@ -145,7 +145,7 @@ def toy(monkeypatch):
     monkeypatch.setattr(study, "_where", here)
     monkeypatch.setattr(pipeline, "_commit", lambda: None)
     monkeypatch.setattr("os.fsync", lambda fd: None)  # the disk is not what is tested
-    monkeypatch.setattr(pipeline, "load_rubric", functools.cache(pipeline.load_rubric))
+    monkeypatch.setattr(pipeline, "rubric_for", functools.cache(pipeline.rubric_for))
 
     def put(clock=None):
         clock = clock or Clock()
@@ -259,8 +259,16 @@ def test_refuses_a_changed_plan_in_one_line_that_names_it(finished, change, mess
     assert message in str(e.value) and "\n" not in str(e.value) and digest(finished) == before
 
 
-def test_the_value_in_the_settings_does_not_matter_for_the_plan(toy, finished):
-    run_study(TINY.replace(alpha=7, seed=5), ALPHAS, [0, 1], finished, say=quiet, resume=True)
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"seed": 5}, "seed = 5 has no effect on a study: give its values with --seeds"),
+        ({"alpha": 7}, r"alpha = 7\.0 has no effect on a study: give its values with --vary alpha=…"),
+    ],
+)
+def test_a_value_that_the_study_would_not_use_is_refused(toy, finished, given, message):
+    with pytest.raises(UserError, match=message):
+        run_study(TINY.replace(**given), ALPHAS, [0, 1], finished, say=quiet, resume=True)
 
 
 def test_another_folder_is_left_alone(toy, tmp_path):
@@ -454,7 +462,7 @@ def transcripts(monkeypatch):
         return Trace(text[: len(text) // 2] or "a", "Wait.", text[len(text) // 2 :] or "b", True, "")
 
     score = reward._score
-    monkeypatch.setattr(reward, "_score", lambda j, s, p, done, ids, cut, *more: score(j, s, p, done, ids, None, *more))
+    monkeypatch.setattr(reward, "_score", lambda j, s, p, done, ids, cut, *more: score(j, s, p, done, ids, (), *more))
     monkeypatch.setattr(reward, "parse_trace", halves)
     monkeypatch.setattr(qalign.evaluate, "parse_trace", halves)
 
