@@ -125,7 +125,7 @@ def test_cache_size_is_that_of_real_tensors() -> None:
 
 
 def test_optimizer_state_is_that_of_adamw() -> None:
-    model = add_adapter(LlamaForCausalLM(SMALL), STEP).bfloat16()
+    model = add_adapter(LlamaForCausalLM(SMALL), STEP)
     some = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(some)
     for p in some:
@@ -169,7 +169,7 @@ def test_checkpointing_and_8_bit_states_save_memory() -> None:
     assert on < off
     full, paged = (plan(STEP, "Llama-3.2-1B", optimizer=o) for o in ("adamw_torch", "paged_adamw_8bit"))
     ratio = _bytes(paged, "save", "optimizer state") / _bytes(full, "save", "optimizer state")
-    assert 0.5 < ratio < 0.55  # one byte and a share of the scales for two
+    assert 0.25 < ratio < 0.28  # one byte and a share of the scales for four
 
 
 def test_phases_follow_the_settings() -> None:

@@ -111,7 +111,7 @@ def test_only_parts_that_are_trained_on_are_compared(part, published):
 def test_what_grpo_would_refuse_ends_the_plan(tmp_path):
     (tmp_path / "mine.txt").write_text("\n".join(f"Tell me secret number {i}." for i in range(25)))
     said = message(make_plan, load_settings("gpu24"), str(tmp_path / "mine.txt"))
-    assert said == "one generation wants 16 prompts, got 9: lower prompts_per_step"
+    assert said == "one generation wants 16 prompts, got 14: lower prompts_per_step"
     assert "expected rollout trl, hf" in message(make_plan, TINY.replace(rollout="vlm"))
 
 
@@ -141,9 +141,10 @@ def test_several_processes_before_grpo_leave_no_folder(tmp_path, monkeypatch):
 FREE = {"report_to": "tensorboard", "save_steps": 3, "stop_kl": 0.5, "stop_unscored": 0.25, "stop_truncated": 0.5}
 
 
-def test_what_a_resume_may_change(tmp_path):
+def test_what_a_resume_may_change(tmp_path, monkeypatch):
     from qalign import grpo
 
+    monkeypatch.setattr(grpo, "installed", lambda name: "1.0")
     assert (
         set(FREE)
         == set(pipeline._FREE)
