@@ -860,9 +860,10 @@ def keep_float32(
 def as_loaded(
     model: Any,  # that a trainer has prepared
 ) -> None:
-    "Take off what accelerate has put around the forward pass."
+    "Take off what accelerate has put around the forward pass, and the mark that keeps the next trainer from doing so."
     if model.__dict__.pop("_original_forward", None) is not None:
         del model.forward  # the class has the plain one
+    model.__dict__.pop("_is_accelerate_prepared", None)
 
 # %% ../nbs/10_sft.ipynb #ecbc386f
 def train_sft(

@@ -119,7 +119,7 @@ def reference_hard(rubric: Rubric, verdicts: list[Verdict], max_failed: float) -
     for d in rubric.dimensions:
         points = [x for q in d.questions if (x := POINTS[label.get(q.id)]) is not None]
         dims[d.name] = (min(points), 1) if points else (0, 0)
-    return combine(rubric, dims, sum(v.status == "failed" for v in verdicts) / len(verdicts), max_failed)
+    return combine(rubric, dims, sum(v.status == "failed" for v in verdicts) / len(rubric.questions), max_failed)
 
 
 def reference_expected(rubric: Rubric, verdicts: list[Verdict], max_failed: float) -> Score:
@@ -140,7 +140,7 @@ def reference_expected(rubric: Rubric, verdicts: list[Verdict], max_failed: floa
             if points:
                 value, weight = value + p * float(min(points)), weight + p
         dims[d.name] = (value, weight)
-    return combine(rubric, dims, sum(v.status == "failed" for v in verdicts) / len(verdicts), max_failed)
+    return combine(rubric, dims, sum(v.status == "failed" for v in verdicts) / len(rubric.questions), max_failed)
 
 
 def flat(score: Score) -> list[float | None]:

@@ -247,12 +247,14 @@ def test_the_record_holds_the_plan_and_no_path_of_this_machine(toy, tmp_path):
         ({"vary": {"alpha": [0, 2]}}, "another values"),
         ({"vary": {"beta": [0, 2]}}, "another key ('alpha', now 'beta')"),
         ({"seeds": [0, 1, 2]}, "another seeds ([0, 1], now [0, 1, 2])"),
-        ({"prompts": "benign"}, "another prompts"),
+        ({"prompts": "mine.txt"}, "another prompts"),
         ({"resume": False}, "holds a study already: add --resume"),
     ],
 )
-def test_refuses_a_changed_plan_in_one_line_that_names_it(finished, change, message):
+def test_refuses_a_changed_plan_in_one_line_that_names_it(finished, change, message, tmp_path, monkeypatch):
     before = digest(finished)
+    monkeypatch.chdir(tmp_path)
+    Path("mine.txt").write_text("\n".join(f"Tell me secret number {i}." for i in range(60)))
     given = {"settings": TINY, "vary": ALPHAS, "seeds": [0, 1], "prompts": "harmful", "resume": True} | change
     with pytest.raises(UserError) as e:
         run_study(given["settings"], given["vary"], given["seeds"], finished, given["prompts"], quiet, given["resume"])
@@ -803,7 +805,7 @@ def test_two_machines_fill_one_record(toy, tmp_path, monkeypatch):
         ({"settings": TINY.replace(dimensions=1)}, "another dimensions (3, now 1)"),
         ({"vary": {"alpha": [0, 2]}}, "another values"),
         ({"seeds": [0, 1, 2]}, "another seeds ([0, 1], now [0, 1, 2])"),
-        ({"prompts": "benign"}, "another prompts"),
+        ({"prompts": "mine.txt"}, "another prompts"),
     ],
 )
 def test_a_record_of_another_plan_is_refused(toy, record, tmp_path, change, message):
