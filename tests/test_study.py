@@ -508,8 +508,9 @@ def test_a_shared_cell_is_the_run_it_would_be_on_its_own(micro, transcripts, tmp
     assert about["rows"] == {"steps": 2, "rollouts": 8, "heldout": 24}
 
 
-def test_no_stage_before_grpo_reads_a_setting_of_grpo(micro, tmp_path):
+def test_no_stage_before_grpo_reads_a_setting_of_grpo(micro, tmp_path, monkeypatch):
     read: set[str] = set()
+    monkeypatch.setattr(pipeline, "check_grpo", lambda settings, prompts: None)  # decides nothing
 
     class Watched(Settings):
         def __getattribute__(self, name):
@@ -808,8 +809,10 @@ def test_two_machines_fill_one_record(toy, tmp_path, monkeypatch):
         ({"prompts": "mine.txt"}, "another prompts"),
     ],
 )
-def test_a_record_of_another_plan_is_refused(toy, record, tmp_path, change, message):
+def test_a_record_of_another_plan_is_refused(toy, record, tmp_path, change, message, monkeypatch):
     before = digest(record)
+    monkeypatch.chdir(tmp_path)
+    Path("mine.txt").write_text("\n".join(f"Tell me secret number {i}." for i in range(60)))
     args = {"settings": TINY, "vary": ALPHAS, "seeds": [0, 1], "prompts": "harmful"} | change
     with pytest.raises(UserError) as e:
         run_study(**args, out=tmp_path / "new", say=quiet, record=record)
