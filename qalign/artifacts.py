@@ -29,7 +29,7 @@ import yaml
 # %% ../nbs/12b_artifacts.ipynb #a0485663
 from . import __version__
 from .core import Settings, UserError, installed, read_jsonl, versions, write_json, write_text
-from .engine import HFEngine, load_engine, load_model, model_path, unpacked
+from .engine import HFEngine, _free, load_engine, load_model, model_path, unpacked
 from .judge import Judge, Scorecard
 from .rubric import load_rubric, select
 from .sft import weakest_questions
@@ -642,17 +642,6 @@ def _four_bit(r: _Records, path: str) -> list[Any] | None:
 
 # %% ../nbs/12b_artifacts.ipynb #79ce6c98
 _DTYPES = {"bfloat16": "none", "float32": "fp32"}  # as load_model calls them
-
-
-def _free() -> None:
-    "Give back the memory of models that nothing refers to any more."
-    import gc
-
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _save_merged(r: _Records, spec: str, path: str, dtype: str, folder: Path) -> tuple[dict[str, Any], list[Any]]:

@@ -10,7 +10,6 @@ __all__ = ['ROWS', 'bench_pairs', 'per_question', 'matmul_peak', 'bench_judge', 
 import contextlib
 import ctypes
 import datetime
-import gc
 import json
 import math
 import os
@@ -27,7 +26,7 @@ from typing import Any
 
 # %% ../nbs/06d_bench.ipynb #630100e1
 from .core import UserError, append_jsonl, content_hash, data_path, installed, read_jsonl, write_json
-from .engine import HFEngine, bf16_emulated, embedded_model, load_engine
+from .engine import HFEngine, _free, bf16_emulated, embedded_model, load_engine
 from .judge import LABELS, SYSTEM, Judge, judge_lead, judge_prefix, judge_suffix
 from .rubric import Question, Rubric, load_rubric
 from .server import LabelTree
@@ -733,15 +732,6 @@ def _load(spec: str, quantization: str) -> Any:
     if spec.startswith("openai:"):
         raise UserError(f"a server's speed is not this machine's: choose smollm2, hf: or vllm:, got {spec!r}")
     return load_engine.__wrapped__(spec, quantization)
-
-
-def _free() -> None:
-    "Give back the memory of what is no longer referred to."
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 # %% ../nbs/06d_bench.ipynb #48358fcc
 def run_bench(

@@ -11,6 +11,7 @@ __all__ = ['Answer', 'Chat', 'Segment', 'EngineError', 'Usage', 'Leads', 'Writer
 import contextlib
 import contextvars
 import functools
+import gc
 import hashlib
 import io
 import itertools
@@ -18,6 +19,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -165,6 +167,13 @@ def embedded_model() -> Path:
     return folder
 
 # %% ../nbs/03_engine.ipynb #bd6f60f5
+def _free() -> None:
+    "Give back the memory of what is no longer referred to."
+    gc.collect()
+    if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
+        sys.modules["torch"].cuda.empty_cache()
+
+
 def quiet() -> None:
     "Silence progress bars and deprecation notices of the libraries below; errors still come through."
     import logging

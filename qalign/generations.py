@@ -7,13 +7,11 @@ __all__ = ['Sampling', 'Generation', 'Store', 'generate', 'Model', 'write_rows',
            'run_grid', 'rates', 'compare']
 
 # %% ../nbs/14a_generations.ipynb #bca95946
-import gc
 import hashlib
 import html
 import json
 import random
 import re
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,7 +23,7 @@ from typing import Any
 from .benchmarks import Item, load_benchmark
 from .cache import VerdictCache
 from .core import UserError, cache_path, content_hash, data_path, installed, read_jsonl, write_json, write_jsonl
-from .engine import EngineError, HFEngine, Usage, _embedded_gguf, load_engine, load_model, model_path
+from .engine import EngineError, HFEngine, Usage, _embedded_gguf, _free, load_engine, load_model, model_path
 from .judge import Judge
 from .rubric import Verdict, load_rubric
 from qalign.safety import (
@@ -282,13 +280,6 @@ class Model:
 
         base, tokenizer = load_model(model_path(self.spec), self.quantization)
         return HFEngine(_put_on(base, Path(self.adapter)).eval(), tokenizer, self.spec)
-
-
-def _free() -> None:
-    "Give back the memory of what is no longer referred to."
-    gc.collect()
-    if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
-        sys.modules["torch"].cuda.empty_cache()
 
 # %% ../nbs/14a_generations.ipynb #6aa56803
 _NAME = re.compile(r"[\w-][\w.-]*")

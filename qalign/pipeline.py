@@ -34,9 +34,8 @@ from qalign.core import (
     write_json,
     write_jsonl,
 )
-from .engine import HFEngine, load_engine, load_model, model_path
+from .engine import HFEngine, _free, load_engine, load_model, model_path
 from .evaluate import evaluate, summarize
-from .generations import _free
 from .grpo import check_grpo, train_grpo
 from .judge import Judge
 from .processes import by_first, first, take_gpu, world_size
