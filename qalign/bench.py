@@ -223,8 +223,8 @@ def matmul_peak(
 
 
 def _linear_size(model: Any) -> int:
-    "Weights of the linear layers, the output layer left out."
-    layers = (m for m in model.modules() if hasattr(m, "in_features") and hasattr(m, "out_features"))
+    "Weights of the linear layers that a text runs through, the output layer left out."
+    layers = (m for m in model.get_decoder().modules() if hasattr(m, "in_features") and hasattr(m, "out_features"))
     return sum(m.in_features * m.out_features for m in layers if m is not model.get_output_embeddings())
 
 # %% ../nbs/06d_bench.ipynb #22be4a2f
@@ -602,7 +602,7 @@ def _memory_probe(spec: str, quantization: str, rubric: str, asked: int, tokens:
 
 def _cache_size(model: Any) -> int:
     "Bytes of keys and values per token."
-    c = model.config
+    c = model.config.get_text_config()
     width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     return 2 * c.num_hidden_layers * c.num_key_value_heads * width * model.dtype.itemsize
 

@@ -18,6 +18,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -187,6 +188,16 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
+_DAY = "26 Jul 2024"  # what a template tells as today: the day Llama 3 falls back on
+
+
+def _dated(template: Any) -> Any:
+    "A chat template that tells the same date every day, if it tells one: what goes on tomorrow is the same run."
+    if isinstance(template, str) and "date_string" in template and "strftime_now" in template:
+        return "{%- set date_string = '" + _DAY + "' %}" + template
+    return template
+
+
 def load_model(
     path: str,  # hub id or folder
     quantization: str = "none",  # none: bf16 · nf4: 4-bit base · fp32
@@ -220,6 +231,7 @@ def load_model(
         raise UserError(f"{path!r} is an adapter over {base!r}: give hf:{base} as the model and the folder as adapter")
     if chat and tokenizer.chat_template is None:
         raise UserError(f"model {path!r} has no chat template: choose an instruct or chat model")
+    tokenizer.chat_template = _dated(tokenizer.chat_template)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     for module in model.modules():
@@ -545,6 +557,21 @@ def weights_hash(
     return total.hexdigest()[:16]
 
 
+def _revision(
+    name: str,  # hub id
+    config: Any = None,  # of the model: older versions of transformers note the commit there
+) -> str:
+    "Commit of a hub model as it lies in the cache; 'None' if it is not known, as of a folder."
+    from transformers.utils.hub import cached_file, extract_commit_hash
+
+    if noted := getattr(config, "_commit_hash", None):
+        return str(noted)
+    try:
+        return str(extract_commit_hash(cached_file(name, "config.json", local_files_only=True), None))
+    except OSError:
+        return "None"
+
+
 def _adapter_hash(model: Any) -> str:
     "Names and weights of the adapters that are on."
     import torch
@@ -603,23 +630,37 @@ def tokens_of(
     return ids
 
 
+_TODAY = ((r"(?<=Today Date: )\d\d \w+ \d{4}", _DAY), (r"(?<=Current date: )\d{4}-\d\d-\d\d", "2024-07-26"))
+
+
+def _answering(tail: str) -> str:
+    "The end of a frame, up to where an answer stands: an open thought is closed, harmony's channel is chosen."
+    if tail.rstrip().endswith("<think>"):
+        return f"{tail.rstrip()}\n\n</think>\n\n"
+    return f"{tail}<|channel|>final<|message|>" if tail.endswith("<|start|>assistant") else tail
+
+
 def frame_of(
     tokenizer: Any,  # of transformers, with a chat template
     system: str,  # the system message
 ) -> tuple[str, str]:
-    "The text before and after a user message, as the chat template writes it. Raises `UserError` if it cannot."
+    "The text before and after a user message, up to where the answer stands. Raises `UserError` if there is none."
     from jinja2 import TemplateError
 
     mark, name = "\ue000", tokenizer.name_or_path
     chat = [{"role": "system", "content": system}, {"role": "user", "content": mark}]
+    ways = {"enable_thinking": False, "date_string": _DAY}
     try:
-        parts = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True).split(mark)
+        parts = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, **ways).split(mark)
     except TemplateError as e:
         said = f"refuses a system and a user message ({' '.join(str(e).split())})"
         raise UserError(f"chat template of {name!r} {said}: choose another model") from None
     if len(parts) != 2:
         raise UserError(f"chat template of {name!r} writes a user message {len(parts) - 1} times: choose another model")
-    return parts[0], parts[1]
+    head, tail = parts
+    for pattern, day in _TODAY:
+        head = re.sub(pattern, day, head)
+    return head, _answering(tail)
 
 # %% ../nbs/03_engine.ipynb #04d3c5ca
 _PLAIN = ("llama", "mistral", "qwen2", "qwen3")  # families whose attention is a softmax over all that is seen, no more
@@ -704,9 +745,13 @@ def _in_two_parts(model: Any, cache: Any, lens: list[int], packed: _Packed, lead
 # %% ../nbs/03_engine.ipynb #1b7457c0
 def _window(model: Any) -> int | None:
     "Keys that the narrowest sliding window of a model reaches over, itself included; None if there is none."
-    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
     layers: Any = DynamicCache(config=model.config).layers
+    odd = {*map(type, layers)} - {DynamicLayer, DynamicSlidingWindowLayer}
+    if odd or len(layers) < model.config.get_text_config().num_hidden_layers or getattr(model, "_is_stateful", False):
+        said = f"{model.config.model_type} does not keep keys and values of its own in every layer"
+        raise UserError(f"{said}, so questions cannot share a prefix: judge with another model, or through vllm:")
     return min((x.sliding_window for x in layers if getattr(x, "is_sliding", False)), default=None)
 
 
@@ -766,7 +811,7 @@ class HFEngine:
         if name and Path(name).is_dir():
             who["weights"] = weights_hash(name)
         else:
-            who["revision"] = str(getattr(self.model.config, "_commit_hash", None))
+            who["revision"] = _revision(name, self.model.config)
         four_bit = getattr(self.model, "is_loaded_in_4bit", False)
         who["precision"] = "nf4" if four_bit else str(self.model.dtype).removeprefix("torch.")
         if hasattr(self.model, "peft_config") and self.adapter:
@@ -835,7 +880,8 @@ class HFEngine:
         tokens = torch.tensor([[pad] * (width - len(x)) + list(x) for x in ids], device=self.model.device)
         mask = torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in ids], device=self.model.device)
         if schema is not None:
-            sampling["logits_processor"] = [_Grammar(schema, self.tokenizer, len(ids), self.model.config.vocab_size)]
+            size = self.model.config.get_text_config().vocab_size
+            sampling["logits_processor"] = [_Grammar(schema, self.tokenizer, len(ids), size)]
         options = {"max_new_tokens": max_tokens, "pad_token_id": pad, **({"do_sample": False} | sampling)}
         new = self.model.generate(input_ids=tokens, attention_mask=mask, **options)[:, width:]
         for x, reply in zip(ids, new.tolist(), strict=True):
@@ -889,17 +935,17 @@ class HFEngine:
         return out
 
     def _fitting(self, work: "_Work", ids: list[list[int]], out: list[list[Answer]]) -> tuple[list[int], "_Work"]:
-        "Rows that the model has positions for, errors in `out` for the others; chunks that fit in a sliding window."
+        "Rows that the model has positions and a window for, errors in `out` for the others; chunks that fit in both."
         own = max((len(b.tokens) for b in work.branches), default=0) + work.room
-        takes = getattr(self.model.config, "max_position_embeddings", None) or math.inf
-        fit = [r for r, x in enumerate(ids) if len(x) + own <= takes]
+        takes = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        window = (_window(self.model) if own else None) or math.inf
+        fit = [r for r, x in enumerate(ids) if len(x) + own <= min(takes, window - 1)]
         for r in {*range(len(ids))} - {*fit}:
-            error = EngineError(f"a prompt has {len(ids[r]) + own} tokens, the model takes {takes}")
+            n, short = len(ids[r]) + own, f"looks back over {window}: judge with one without a sliding window"
+            error = EngineError(f"a prompt has {n} tokens, the model " + (f"takes {takes}" if n > takes else short))
             out[r] = [error for _ in work.branches]
-        if own and fit and (window := _window(self.model)):
-            if (free := window - 1 - max(len(ids[r]) for r in fit)) < own:
-                said = f"{self.spec} looks back over {window} tokens, a prompt has {window - 1 - free + own}"
-                raise UserError(f"{said}: judge with a model without a sliding window, or shorter texts")
+        if fit and window < math.inf:
+            free = int(window) - 1 - max(len(ids[r]) for r in fit)
             work = replace(work, chunk=min(work.chunk, free // own))
         return fit, work
 

@@ -301,7 +301,17 @@ class _Slot:
 
 
 def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_") or "x"
+    return re.sub(r"[\W_]+", "_", text.lower()).strip("_") or "x"
+
+
+def _stems(slots: Sequence[_Slot]) -> list[str]:
+    "Per slot, what its question ids begin with: principle and dimension, numbered where two names come to the same."
+    out: list[str] = []
+    for slot in slots:
+        stem = f"{_slug(slot.principle.name)}.{_slug(slot.dimension.name)}"
+        numbered = (f"{stem}_{n}" for n in itertools.count(2))
+        out.append(next(s for s in itertools.chain([stem], numbered) if s not in out))
+    return out
 
 
 def _judge_candidates(slots: Sequence[_Slot]) -> dict[tuple[int, int], list[Finding]]:
@@ -362,8 +372,7 @@ def _short(kinds: Sequence[str], quota: dict[str, int]) -> list[str]:
 
 def _rubric(name: str, slots: Sequence[_Slot], taken: list[list[int]], cap: str, provenance: str) -> Rubric:
     principles: dict[str, list[Dimension]] = {}
-    for slot, chosen in zip(slots, taken, strict=True):
-        stem = f"{_slug(slot.principle.name)}.{_slug(slot.dimension.name)}"
+    for slot, stem, chosen in zip(slots, _stems(slots), taken, strict=True):
         numbers = {"gate": 0, "graded": 0}
         questions = []
         for kind, text in (slot.candidates[c] for c in chosen):

@@ -74,7 +74,7 @@ def reply_schema(
 ) -> dict[str, Any]:
     "The JSON schema of a reasoned answer."
     sentence = {"type": "string", "minLength": 1, "maxLength": 160}
-    properties = {"reason": sentence, "label": {"enum": list(LABELS[question.kind])}}
+    properties = {"reason": sentence, "label": {"type": "string", "enum": list(LABELS[question.kind])}}
     return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
 
 # %% ../nbs/06_judge.ipynb #0989b8e2

@@ -23,7 +23,7 @@ from importlib import util
 from typing import Any
 
 # %% ../nbs/03a_server.ipynb #d2a4d34b
-from .core import UserError
+from .core import UserError, content_hash
 from .engine import Answer, Chat, EngineError, Segment, Usage, failed, frame_of, normalise, tokens_of
 from .processes import rank
 
@@ -48,12 +48,17 @@ def _fault(error: Exception) -> str:
 
 # %% ../nbs/03a_server.ipynb #8dca3b20
 def _read_reply(reply: Any) -> tuple[str, int, int]:
-    "Text, prompt tokens and reply tokens of a chat completion. Raises `ValueError` for anything else."
+    "Text, prompt tokens and reply tokens of a chat completion. Raises `ValueError` for anything else, or no text."
     choices = getattr(reply, "choices", None)
     if not choices or getattr(choices[0], "message", None) is None:
         raise ValueError(repr(reply))
+    text, why = choices[0].message.content, getattr(choices[0], "finish_reason", None)
+    if text is None or (not text and why == "length"):
+        spent = f"finish reason {why}" + ": reasoning takes more max_tokens" * (why == "length")
+        said = str(getattr(choices[0].message, "refusal", None) or spent)
+        raise EngineError(f"gave no text ({' '.join(said.split())[:120]})")
     read, written = (_number(reply, "usage", key) for key in ("prompt_tokens", "completion_tokens"))
-    return choices[0].message.content or "", read, written
+    return text, read, written
 
 
 def _number(reply: Any, *path: str) -> int:
@@ -81,6 +86,9 @@ def _wait(work: Coroutine[Any, Any, Any]) -> Any:
     return value
 
 # %% ../nbs/03a_server.ipynb #2e9ac2ac
+_CUT = -9000.0  # vLLM writes -9999 for a token of no probability
+
+
 @dataclass(frozen=True)
 class LabelTree:
     "Labels as a model's tokens: where it has to be asked, and what the answers give."
@@ -119,6 +127,8 @@ class LabelTree:
         logps = [sum(seen[path[:k]][token] for k, token in enumerate(path)) for path in self.paths]
         if not all(map(math.isfinite, logps)):
             raise EngineError("gave a log-probability that is no number")
+        if min(logps) < _CUT:
+            raise EngineError("cut a label off before it gave log-probabilities: serve --logprobs-mode raw_logprobs")
         return normalise(self.labels, logps)
 
 # %% ../nbs/03a_server.ipynb #bdb3e7f7
@@ -256,6 +266,7 @@ _PROBE = "Grüße,\n\n  3 + 4 = 7"
 class _Reader:
     tokenizer: Any  # of transformers; the server's own
     longest: float  # tokens the server takes, prompt and reply
+    names: frozenset[str] = frozenset()  # that it answers by: of several names of one model, vLLM uses the first
 
     def sample(self) -> list[int]:
         "Tokens of a text that tells tokenizers and templates apart."
@@ -268,7 +279,8 @@ def _common(readers: Mapping[str, _Reader | None]) -> _Reader | None:
     for url, other in readers.items():
         if (one is None) != (other is None) or (one and other and one.sample() != other.sample()):
             raise EngineError(f"servers {first_url} and {url} read text in different ways: let them serve one model")
-    return one and _Reader(one.tokenizer, min(r.longest for r in readers.values() if r))
+    alike = [r for r in readers.values() if r]
+    return one and _Reader(one.tokenizer, min(r.longest for r in alike), frozenset().union(*(r.names for r in alike)))
 
 
 def _tokenizer(names: Sequence[str]) -> Any:
@@ -285,8 +297,8 @@ def _tokenizer(names: Sequence[str]) -> Any:
     raise EngineError(f"serves {names[0]!r}, whose tokenizer is not at hand: add #FOLDER_OR_HUB_ID to the address")
 
 
-async def _reader(server: Any, client: Any) -> _Reader | None:
-    "How a server reads token ids, None if it takes chats alone."
+async def _served(client: Any) -> dict[str, dict[str, Any]]:
+    "What vLLM lists as its models, by name; empty for any other server."
     from openai import APIStatusError
 
     try:
@@ -297,7 +309,12 @@ async def _reader(server: Any, client: Any) -> _Reader | None:
         said = None
     listed = said.get("data") if isinstance(said, dict) else None
     entries = [m for m in listed if isinstance(m, dict)] if isinstance(listed, list) else []
-    vllm = {str(m.get("id")): m for m in entries if m.get("owned_by") == "vllm"}
+    return {str(m.get("id")): m for m in entries if m.get("owned_by") == "vllm"}
+
+
+async def _reader(server: Any, client: Any) -> _Reader | None:
+    "How a server reads token ids, None if it takes chats alone."
+    vllm = await _served(client)
     if not vllm and not server.tokenizer:
         return None
     if vllm and server.model not in vllm:
@@ -306,7 +323,9 @@ async def _reader(server: Any, client: Any) -> _Reader | None:
     chain += [vllm[m["parent"]] for m in chain if m.get("parent") in vllm]  # an adapter's base model
     names = [server.tokenizer] if server.tokenizer else [str(m.get("root")) for m in chain]
     longest = next((m["max_model_len"] for m in reversed(chain) if m.get("max_model_len")), None)
-    reader = _Reader(_tokenizer(names), longest or math.inf)
+    mine, bases = vllm.get(server.model, {}), [m for m in vllm.values() if not m.get("parent")]
+    alike = {str(m["id"]) for m in bases if mine in bases and m.get("root") == mine.get("root")}
+    reader = _Reader(_tokenizer(names), longest or math.inf, frozenset({server.model} | alike))
     text = _PROBE.join(frame_of(reader.tokenizer, "Read."))
     more = {"add_special_tokens": False, "return_token_ids": True}
     reply = await client.completions.create(model=server.model, prompt=text, max_tokens=1, extra_body=more)
@@ -317,6 +336,10 @@ async def _reader(server: Any, client: Any) -> _Reader | None:
     return reader
 
 # %% ../nbs/03a_server.ipynb #e2d34e4a
+# what a vLLM server would else fill in from the model's generation_config.json
+_NEUTRAL = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+
+
 def _response_format(schema: dict[str, Any]) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": "reply", "schema": schema, "strict": True}}
 
@@ -334,13 +357,13 @@ def _count(server: Any, reply: Any, row: int, sent: int, prompts: int) -> None:
 async def _score(server: Any, batch: Sequence[Probe], client: Any) -> list[dict[int, float]]:
     "Log-probabilities of the wanted tokens of each probe."
     wanted = sorted({token for p in batch for token in p.wanted})
-    more = {"logprob_token_ids": wanted, "return_tokens_as_token_ids": True}
+    more = {"logprob_token_ids": wanted, "return_tokens_as_token_ids": True, **_NEUTRAL}
     prompts = [p.tokens for p in batch]
     reply = await client.completions.create(
-        model=server.model, prompt=prompts, max_tokens=1, temperature=1.0, logprobs=0, extra_body=more
+        model=server.model, prompt=prompts, max_tokens=1, temperature=1.0, top_p=1.0, logprobs=0, extra_body=more
     )
     _count(server, reply, batch[0].row, sum(map(len, prompts)), len(batch))
-    if (name := getattr(reply, "model", server.model)) != server.model:
+    if (name := getattr(reply, "model", server.model)) not in server._reads.names:
         raise EngineError(f"answered as {name!r} when asked for {server.model!r}")
     try:
         tops = {c.index: c.logprobs.top_logprobs[0] for c in reply.choices}
@@ -354,9 +377,9 @@ async def _continue(
     server: Any, row: int, prompts: Sequence[list[int]], schema: dict[str, Any], max_tokens: int, client: Any
 ) -> list[str]:
     "Greedy replies that fit a schema."
-    more = {"response_format": _response_format(schema)}
+    more = {"response_format": _response_format(schema), **_NEUTRAL}
     reply = await client.completions.create(
-        model=server.model, prompt=list(prompts), max_tokens=max_tokens, temperature=0.0, extra_body=more
+        model=server.model, prompt=list(prompts), max_tokens=max_tokens, temperature=0.0, top_p=1.0, extra_body=more
     )
     _count(server, reply, row, sum(map(len, prompts)), len(prompts))
     try:
@@ -391,6 +414,7 @@ def _batched(
 
 # %% ../nbs/03a_server.ipynb #777a9acb
 _TURN = "\ue001"
+_OPENAI = "api.openai.com"
 
 
 def _chat_of(prefix: Sequence[Segment], suffix: str) -> Chat:
@@ -403,11 +427,26 @@ def _chat_of(prefix: Sequence[Segment], suffix: str) -> Chat:
     return [{"role": role, "content": content} for role, content in messages]
 
 
+def _room(client: Any, tokens: int) -> dict[str, int]:
+    "The bound of a reply by the name the server takes: OpenAI's reasoning models refuse `max_tokens`."
+    return {"max_completion_tokens" if client.base_url.host.endswith(_OPENAI) else "max_tokens": tokens}
+
+
+def _unbounded(schema: Any) -> Any:
+    "A schema without bounds on the length of texts: OpenAI's strict mode refuses them."
+    if isinstance(schema, list):
+        return [_unbounded(x) for x in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {k: _unbounded(x) for k, x in schema.items() if k not in ("minLength", "maxLength")}
+
+
 async def _reply(server: Any, row: int, chat: Chat, schema: dict[str, Any], max_tokens: int, client: Any) -> str:
     "The greedy reply to a chat, to fit a schema."
-    form: Any = _response_format(schema)
+    form: Any = _response_format(_unbounded(schema))
+    room = _room(client, max_tokens)
     reply = await client.chat.completions.create(
-        model=server.model, messages=chat, max_tokens=max_tokens, temperature=0.0, response_format=form
+        model=server.model, messages=chat, temperature=0.0, response_format=form, **room
     )
     _count(server, reply, row, 0, 1)
     return _read_reply(reply)[0]
@@ -415,9 +454,8 @@ async def _reply(server: Any, row: int, chat: Chat, schema: dict[str, Any], max_
 
 async def _first_token(server: Any, row: int, chat: Chat, labels: Sequence[str], client: Any) -> dict[str, float]:
     "Label probabilities by the first token of the answer."
-    reply = await client.chat.completions.create(
-        model=server.model, messages=chat, max_tokens=1, temperature=1.0, top_p=1.0, logprobs=True, top_logprobs=20
-    )
+    options = {"temperature": 1.0, "top_p": 1.0, "logprobs": True, "top_logprobs": 20, **_room(client, 1)}
+    reply = await client.chat.completions.create(model=server.model, messages=chat, **options)
     _count(server, reply, row, 0, 1)
     try:
         first = reply.choices[0].logprobs.content[0]
@@ -508,6 +546,7 @@ class ServerEngine:
     missed: float = 0.0  # most probability that labels not returned could hold, in the last label_probs
     gone: dict[str, EngineError] = field(default_factory=dict, repr=False, compare=False)  # servers taken out, and why
     _reads: Any = field(default=None, init=False, repr=False, compare=False)  # what _reader found
+    _vllm: dict[str, bool] = field(default_factory=dict, init=False, repr=False, compare=False)  # by address
 
     @property
     def urls(self) -> list[str]:
@@ -538,11 +577,11 @@ class ServerEngine:
         "See `Writer.complete`; the seed is passed on, and whether it decides the reply is up to the server."
         if openings is not None and any(openings):
             raise UserError(f"{self.spec} cannot begin a reply for the model: use smollm2 or hf:ID_OR_PATH")
-        options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
+        options: dict[str, Any] = {"temperature": temperature, "top_p": top_p}
         if schema is not None:
             options["response_format"] = _response_format(schema)
         pairs = zip(chats, repeat_seeds(chats, seed), strict=True)
-        results = self._run([partial(self._write, list(c), {**options, "seed": s}) for c, s in pairs])
+        results = self._run([partial(self._write, list(c), max_tokens, {**options, "seed": s}) for c, s in pairs])
         replies = [r for r in results if isinstance(r, str)]
         if faults := [r for r in results if isinstance(r, Exception)]:
             came = f"{len(replies)} of {len(results)} replies came"
@@ -550,11 +589,25 @@ class ServerEngine:
             raise EngineError(f"{faults[0]} ({came})", kept)
         return replies
 
-    async def _write(self, chat: Chat, options: dict[str, Any], client: Any) -> str:
-        reply = await client.chat.completions.create(model=self.model, messages=chat, **options)
+    async def _write(self, chat: Chat, max_tokens: int, options: dict[str, Any], client: Any) -> str:
+        more = {**options, **_room(client, max_tokens)}
+        if await self._is_vllm(client):  # others may refuse a name they do not know
+            more["extra_body"] = _NEUTRAL
+        reply = await client.chat.completions.create(model=self.model, messages=chat, **more)
         text, read, written = _read_reply(reply)
         self.usage.add(read, written)
         return text
+
+    async def _is_vllm(self, client: Any) -> bool:
+        "Whether a server is vLLM by its list of models; asked until it gives one."
+        from openai import APIStatusError
+
+        if (url := str(client.base_url)) not in self._vllm:
+            try:
+                self._vllm[url] = bool(await _served(client))
+            except (APIStatusError, ValueError):  # no list to be read
+                return False
+        return self._vllm[url]
 
     def frame(self, system: str) -> tuple[str, str]:
         "See `Engine.frame`; for a server of plain chats, marks that `label_probs` turns into messages."
@@ -660,12 +713,12 @@ def repeat_seeds(
     chats: Sequence[Chat],
     seed: int,
 ) -> list[int]:
-    "One seed per chat: the given one, and the next ones for repeats of a chat."
+    "One seed per chat: made of the given one, the chat, and how often it was met before."
     met: Counter[str] = Counter()
     seeds = []
-    for chat in chats:
-        seeds.append(seed + met[repr(chat)])
-        met[repr(chat)] += 1
+    for name in map(repr, chats):
+        seeds.append(int(content_hash([seed, name, met[name]], 7), 16))
+        met[name] += 1
     return seeds
 
 # %% ../nbs/03a_server.ipynb #25a2f9a2
@@ -676,7 +729,7 @@ def load_server(
     model, _, rest = spec.removeprefix("openai:").partition("@")
     listed, _, tokenizer = rest.partition("#")
     urls = [url.strip().rstrip("/") for url in listed.split(",")]
-    if not spec.startswith("openai:") or not model or not all(u.startswith(("http://", "https://")) for u in urls):
+    if not spec.startswith("openai:") or not model or not all(re.fullmatch(r"https?://\S+", u) for u in urls):
         raise UserError(f"expected openai:MODEL@BASE_URL with an http address, or several by comma, got {spec!r}")
     if len(set(urls)) < len(urls):
         raise UserError(f"an address stands twice in {spec!r}: one for each server")

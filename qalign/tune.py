@@ -27,7 +27,7 @@ import yaml
 
 # %% ../nbs/06b_tune.ipynb #fbdabc3b
 from .core import UserError, content_hash, data_path, read_jsonl, versions, write_json, write_jsonl
-from .engine import HFEngine, _Branch, _branch, _pack, unpacked
+from .engine import HFEngine, _Branch, _branch, _pack, _window, unpacked
 from .fixtures import Fixture, answer_fixtures, report_card
 from .judge import LABELS, SYSTEM, Scorecard, judge_prefix, judge_suffix
 from .reward import read_credit
@@ -327,24 +327,29 @@ def _attach(engine: HFEngine, config: Any, name: str, seed: int = 0) -> JudgeEng
     return JudgeEngine(engine.model, engine.tokenizer, engine.spec, engine.batch, engine.rows, name=name)
 
 # %% ../nbs/06b_tune.ipynb #772af8f9
-def _linear(model: Any) -> list[str]:
-    "Names of the linear maps inside the layers, whether or not they carry an adapter."
+def _linear(model: Any) -> tuple[list[str], list[str]]:
+    "Last names of the linear maps that a text runs through, adapter or not; whole names of others called so (vision)."
     import torch
 
-    head = model.get_output_embeddings()
-    maps = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head]
-    return sorted({n.removesuffix(".base_layer").split(".")[-1] for n in maps if ".lora_" not in n})
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    text, head = {*map(id, inner.get_decoder().modules())}, inner.get_output_embeddings()
+    maps = [(n, m) for n, m in inner.named_modules() if isinstance(m, torch.nn.Linear) and ".lora_" not in n]
+    whole = [(n.removesuffix(".base_layer"), id(m) in text) for n, m in maps if m is not head]
+    names = {n.split(".")[-1] for n, inside in whole if inside}
+    return sorted(names), [n for n, inside in whole if not inside and n.split(".")[-1] in names]
 
 
 def _config(model: Any, recipe: Recipe) -> Any:
     from peft import LoraConfig
 
-    depth = model.config.num_hidden_layers
+    depth = model.config.get_text_config().num_hidden_layers
+    names, others = _linear(model)
     return LoraConfig(
         r=recipe.r,
         lora_alpha=recipe.alpha,
         lora_dropout=0.0,
-        target_modules=_linear(model),
+        target_modules=names,
+        exclude_modules=others or None,
         layers_to_transform=list(range(depth - max(1, round(recipe.layers * depth)), depth)),
         task_type="CAUSAL_LM",
     )
@@ -359,6 +364,7 @@ def tune(
     "A judge with a trained adapter, and one row per step: epoch, step, loss. Equal input gives equal weights."
     if not examples:
         raise UserError("no examples to learn from: give fixtures or recorded verdicts")
+    _window(engine.model)  # refuses a model whose questions cannot share a response
     judge = _attach(engine, _config(engine.model, recipe), f"judge-tuned-{next(_COUNT)}", recipe.seed)
     rng = random.Random(recipe.seed)
     plan = [(epoch, step) for epoch in range(recipe.epochs) for step in _steps(examples, recipe.batch, rng)]
@@ -492,7 +498,8 @@ def load_judge(
     from safetensors.torch import load_file
 
     path, card, own = Path(folder), judge_card(folder), engine.identity()
-    if changed := [k for k in ("weights", "revision") if card["base"].get(k) != own.get(k)]:
+    pairs = {k: (card["base"].get(k), own.get(k)) for k in ("weights", "revision")}
+    if changed := [k for k, (then, now) in pairs.items() if then != now and "None" not in (then, now)]:
         raise UserError(f"judge {path.name} was tuned on {card['base']['spec']} with other {changed[0]}: tune it again")
     if card["template"] != _template():
         raise UserError(f"judge {path.name} was tuned for another text around the question: tune it again")

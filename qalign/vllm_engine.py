@@ -16,7 +16,18 @@ from typing import Any
 
 # %% ../nbs/03b_vllm.ipynb #7e710984
 from .core import UserError
-from .engine import Answer, Chat, EngineError, Segment, Usage, embedded_model, frame_of, tokens_of, weights_hash
+from qalign.engine import (
+    Answer,
+    Chat,
+    EngineError,
+    Segment,
+    Usage,
+    _revision,
+    embedded_model,
+    frame_of,
+    tokens_of,
+    weights_hash,
+)
 from .server import Probe, ask_labels, repeat_seeds
 
 # %% ../nbs/03b_vllm.ipynb #53fa2534
@@ -43,7 +54,7 @@ class VLLMEngine:
         who = {"spec": self.spec, "precision": str(config.dtype).removeprefix("torch.")}
         if Path(config.model).is_dir():
             return who | {"weights": weights_hash(config.model)}
-        return who | {"revision": str(getattr(config.hf_config, "_commit_hash", None))}
+        return who | {"revision": _revision(config.model, config.hf_config)}
 
     def complete(
         self,
@@ -145,6 +156,7 @@ _DTYPE = {"none": "bfloat16", "fp32": "float32"}
 def load_vllm(
     spec: str,  # vllm:ID_OR_PATH, or vllm:smollm2 for the embedded model
     quantization: str = "none",  # none: bf16 · fp32
+    memory: float = 0.4,  # of the GPU that vLLM may take, weights included; no effect on a CPU
 ) -> VLLMEngine:
     "The engine for a specification. Raises `UserError` if vLLM is not installed or cannot load the model."
     name = spec.removeprefix("vllm:")
@@ -161,13 +173,14 @@ def load_vllm(
     from vllm.platforms import current_platform
 
     path = str(embedded_model()) if name == "smollm2" else name
-    options: dict[str, Any] = {"enforce_eager": True, "block_size": 32} if current_platform.is_cpu() else {}
+    cpu = current_platform.is_cpu()
+    options: dict[str, Any] = {"enforce_eager": True, "block_size": 32} if cpu else {"gpu_memory_utilization": memory}
     options |= {"enable_prefix_caching": True, "max_model_len": -1, "seed": 0, "dtype": _DTYPE[quantization]}
     options["structured_outputs_config"] = {"backend": "guidance", "disable_any_whitespace": True}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         llm = LLM(model=path, **options)
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RuntimeError) as e:
         raise UserError(f"vLLM cannot load {name!r}: {' '.join(str(e).split())[:160]}") from None
     if tokenizer.chat_template is None:
         raise UserError(f"model {name!r} has no chat template: choose an instruct or chat model")

@@ -294,6 +294,17 @@ def test_cache_size_is_that_of_the_tensors(engine: HFEngine) -> None:
     assert held == 10 * bench._cache_size(engine.model)
 
 
+def test_a_model_that_also_sees_is_measured_by_its_text_part() -> None:
+    from transformers import AutoModelForCausalLM, Gemma3Config
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    words = {**sizes, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 64}
+    config = Gemma3Config(text_config=words, vision_config={**sizes, "image_size": 28, "patch_size": 14})
+    model = AutoModelForCausalLM.from_config(config).eval()
+    assert bench._linear_size(model) == 2 * (32 * 32 * 2 + 32 * 16 * 2 + 32 * 48 * 3)
+    assert bench._cache_size(model) == 2 * 2 * 2 * 8 * 4
+
+
 def test_nf4_shape_has_four_bit_layers(pairs: list[tuple[str, str]]) -> None:
     pytest.importorskip("bitsandbytes")
     full, four = shape_engine("micro", "none"), shape_engine("micro", "nf4")

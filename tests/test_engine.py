@@ -7,8 +7,11 @@ import math
 import random
 import re
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +26,7 @@ from qalign.engine import (
     HFEngine,
     Leads,
     Segment,
+    embedded_model,
     failed,
     frame_of,
     load_engine,
@@ -61,6 +65,13 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def hf() -> HFEngine:
     return load_engine("smollm2", "fp32")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(embedded_model()), padding_side="left")
 
 
 def save_tiny(folder: Path, tokenizer: Any, seed: int) -> str:
@@ -786,16 +797,16 @@ def test_a_prompt_longer_than_the_model_is_an_error_of_its_row(shared_tiny: HFEn
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
-def test_a_sliding_window_is_exact_inside_and_refused_beyond(hf: HFEngine, family: str) -> None:
+def test_a_sliding_window_is_exact_inside_and_an_error_beyond(tokenizer: Any, family: str) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    sizes |= {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": len(hf.tokenizer), "sliding_window": 40}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": len(tokenizer), "sliding_window": 40}
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = AutoConfig.for_model(family, initializer_range=0.3, pad_token_id=0, **sizes)
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
-    engine = HFEngine(model, hf.tokenizer, "hf:m", rows=2)
+    engine = HFEngine(model, tokenizer, "hf:m", rows=2)
     prefixes, suffixes = [text([1] * 20), text([2] * 5), text([3, 4] * 10)], [f" question {i} so:" for i in range(9)]
     got = engine.label_probs(prefixes, suffixes, [ODD[i % 3] for i in range(9)])  # all of them at once do not fit
     for p, row in zip(prefixes, got, strict=True):
@@ -805,8 +816,48 @@ def test_a_sliding_window_is_exact_inside_and_refused_beyond(hf: HFEngine, famil
     [row] = engine.label_probs(led_by, [""] * 3, ODD, leads=leads)
     for i, answer in enumerate(row):
         assert log_distance(answer, led(engine, led_by[0], leads, i, "", ODD[i])) < 1e-4
-    with pytest.raises(UserError, match=r"hf:m looks back over 40 tokens, a prompt has 4\d: judge with"):
-        engine.label_probs([text([1] * 5), text([1] * 38)], suffixes[:1], [ODD[1]])
+    short, long = text([1] * 5), text([1] * 38)
+    beside = engine.label_probs([short, long], suffixes, [ODD[i % 3] for i in range(9)])
+    alone = engine.label_probs([short], suffixes, [ODD[i % 3] for i in range(9)])
+    assert distance(beside[:1], alone) < TOLERANCE and engine.tokens_read[0] > 0
+    said = "a prompt has 4\\d tokens, the model looks back over 40: judge with one without a sliding window"
+    assert all(isinstance(x, EngineError) and re.fullmatch(said, str(x)) for x in beside[1])
+    rows = engine.label_probs([long, long], suffixes[:1], [ODD[1]])
+    assert [isinstance(x, EngineError) for row in rows for x in row] == [True, True]
+
+
+@pytest.mark.parametrize("family", ["gemma3n_text", "qwen3_next", "mamba2", "falcon_h1", "deepseek_v32", "nobody"])
+def test_what_keeps_no_keys_of_its_own_in_every_layer_is_refused(family: str) -> None:
+    from transformers import AutoConfig, LlamaConfig
+
+    if family == "nobody":  # a state that the cache does not tell of
+        model = SimpleNamespace(config=LlamaConfig(num_hidden_layers=2), _is_stateful=True)
+    else:
+        model = SimpleNamespace(config=AutoConfig.for_model(family))
+    with pytest.raises(UserError, match="does not keep keys and values of its own in every layer") as fault:
+        qalign.engine._window(model)
+    assert "\n" not in str(fault.value) and model.config.model_type in str(fault.value)
+
+
+def test_a_model_that_also_sees_is_judged_by_its_text_part(tokenizer: Any) -> None:
+    from transformers import AutoModelForCausalLM, Gemma3Config
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    words = {**sizes, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": len(tokenizer), "pad_token_id": 0}
+    words |= {"initializer_range": 0.3, "max_position_embeddings": 50}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = Gemma3Config(text_config=words, vision_config={**sizes, "image_size": 28, "patch_size": 14})
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    engine = HFEngine(model, tokenizer)
+    prefixes = [text([1, 2, 3]), text([4] * 9), text([4] * 60)]
+    got = engine.label_probs(prefixes, [" so:", " thus:"], [ODD[0], ODD[2]])
+    for p, row in zip(prefixes[:2], got, strict=False):
+        assert distance([row], [[plain(engine, p, x, ODD[2 * i]) for i, x in enumerate((" so:", " thus:"))]]) < 1e-4
+    assert all("the model takes 50" in str(x) for x in got[2])
+    schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"], "additionalProperties": False}
+    [said] = engine.replies([text([1])], ["?"], [schema], [(0, 0)], max_tokens=16)
+    assert json.loads(str(said))["n"] in (1, 2)
 
 
 # untrusted text
@@ -858,7 +909,86 @@ def test_templates_that_cannot_judge_are_named(hf: HFEngine, template: str, said
         frame_of(tokenizer, "Be brief.")
 
 
+TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+ASK = "<|im_end|>\n<|im_start|>assistant\n"
+EMPTY = "<think>\n\n</think>\n\n"
+
+
+@pytest.mark.parametrize(
+    ("end", "tail"),
+    [
+        ("<|im_start|>assistant\n", ASK),
+        (
+            "<|im_start|>assistant\n{% if enable_thinking is defined and enable_thinking is false %}"
+            "<think>\n\n</think>\n\n{% endif %}",
+            ASK + EMPTY,
+        ),
+        ("<|im_start|>assistant\n<think>\n", ASK + EMPTY),
+        ("<|im_start|>assistant\n<think>", ASK + EMPTY),
+        ("<|start|>assistant", "<|im_end|>\n<|start|>assistant<|channel|>final<|message|>"),
+    ],
+)
+def test_a_frame_ends_where_an_answer_stands(tokenizer: Any, end: str, tail: str) -> None:
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = f"{TURNS}{{% if add_generation_prompt %}}{end}{{% endif %}}"
+    assert frame_of(other, "Be brief.") == ("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n", tail)
+
+
+def test_the_frame_of_the_embedded_model_is_its_template(tokenizer: Any) -> None:
+    chat = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "|"}]
+    whole = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert "|".join(frame_of(tokenizer, SYSTEM)) == whole
+
+
+@pytest.mark.parametrize(
+    ("today", "told"),
+    [
+        ("Current date: {{ strftime_now('%Y-%m-%d') }}", "Current date: 2024-07-26"),
+        ("Today Date: {{ strftime_now('%d %B %Y') }}", "Today Date: 26 Jul 2024"),
+        (
+            "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+            "It is {{ date_string }}",
+            "It is 26 Jul 2024",
+        ),
+    ],
+)
+def test_a_frame_tells_the_same_date_every_day(tokenizer: Any, today: str, told: str) -> None:
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = f"{today}\n{TURNS}"
+    assert frame_of(other, "Be brief.")[0].startswith(f"{told}\n<|im_start|>system")
+
+
+def test_a_policy_is_told_the_same_date_every_day(tokenizer: Any) -> None:
+    ours = "{%- if not date_string is defined %}{%- set date_string = strftime_now('%d %b %Y') %}{%- endif %}"
+    chat, other = [{"role": "user", "content": "Hi."}], copy.deepcopy(tokenizer)
+    other.chat_template = f"{ours}{{{{ date_string }}}} {TURNS}"
+    assert not other.apply_chat_template(chat, tokenize=False).startswith("26 Jul 2024 ")
+    other.chat_template = qalign.engine._dated(other.chat_template)
+    assert other.apply_chat_template(chat, tokenize=False).startswith("26 Jul 2024 ")
+    assert qalign.engine._dated(None) is None
+    assert qalign.engine._dated(tokenizer.chat_template) == tokenizer.chat_template
+
+
 # who it is
+
+
+def test_the_revision_of_a_hub_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    def identity(name: str, **noted: str) -> dict[str, str]:
+        model = SimpleNamespace(config=SimpleNamespace(_name_or_path=name, **noted), dtype=torch.float32)
+        return HFEngine(model, None, spec="hf:x").identity()
+
+    commit = "0123456789abcdef" * 2 + "01234567"
+    files = tmp_path / "models--org--model"
+    (files / "snapshots" / commit).mkdir(parents=True)
+    (files / "snapshots" / commit / "config.json").write_text("{}")
+    (files / "refs").mkdir()
+    (files / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert identity("org/model") == {"spec": "hf:x", "revision": commit, "precision": "float32"}
+    assert identity("org/model", _commit_hash="c0ffee")["revision"] == "c0ffee"
+    assert identity("org/other")["revision"] == identity("")["revision"] == "None"
 
 
 def test_identity_is_stable_and_tells_weights_apart(hf: HFEngine, folder: str, tmp_path: Path) -> None:
@@ -932,3 +1062,31 @@ def test_only_a_classifier_may_lack_a_chat_template(hf: HFEngine, tmp_path: Path
 def test_weights_of_another_name_are_refused():
     with pytest.raises(UserError, match=r"expected quantization none \(bf16\), nf4 or fp32, got '4bit'"):
         load_model("nowhere", "4bit")
+
+
+@pytest.mark.parametrize("cpu", [True, False])
+def test_vllm_is_given_a_share_of_the_gpu_and_its_faults_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, cpu: bool
+) -> None:
+    from qalign.vllm_engine import load_vllm
+
+    asked: list[dict[str, Any]] = []
+
+    def start(**options: Any) -> None:
+        asked.append(options)
+        raise RuntimeError("Engine core initialization failed.\nSee root cause above.")
+
+    fake, platforms = ModuleType("vllm"), ModuleType("vllm.platforms")
+    fake.__spec__ = ModuleSpec("vllm", None)
+    vars(fake)["LLM"] = start
+    vars(platforms)["current_platform"] = SimpleNamespace(is_cpu=lambda: cpu)
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)
+    for more in ({}, {"memory": 0.7}):
+        with pytest.raises(
+            UserError, match=r"vLLM cannot load 'smollm2': Engine core initialization failed\. See root"
+        ):
+            load_vllm("vllm:smollm2", **more)
+    assert [x.get("gpu_memory_utilization") for x in asked] == ([None, None] if cpu else [0.4, 0.7])
+    with pytest.raises(UserError, match="takes quantization none or fp32, got 'nf4'"):
+        load_engine("vllm:smollm2", "nf4")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from qalign.generate import (
     _dimension_schema,
     _parse,
     _question_schema,
+    _slug,
     freeze,
     generate,
     load_constitution,
@@ -224,6 +226,33 @@ def test_dimensions_are_proposed_for_a_bare_principle(tmp_path: Path) -> None:
         load_constitution(tmp_path / "bare.md"), Script([*replies, *GOOD]), tmp_path / "out", dimensions=2, **SMALL
     )
     assert [d.name for d in rubric.dimensions] == ["Respect", "Promptness"]
+
+
+@pytest.mark.parametrize(
+    ("name", "slug"),
+    [
+        *(
+            ("Refusal of Harm", "refusal_of_harm"),
+            ("self-harm & risk", "self_harm_risk"),
+            ("_a__b ", "a_b"),
+            ("!", "x"),
+        ),
+        *(("Höflichkeit", "höflichkeit"), ("礼貌", "礼貌"), ("ясность речи", "ясность_речи"), ("A/B 2", "a_b_2")),
+    ],
+)
+def test_names_become_ids(name: str, slug: str) -> None:
+    assert _slug(name) == slug
+    assert not name.isascii() or slug == (re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") or "x")
+
+
+def test_names_that_come_to_the_same_are_numbered(tmp_path: Path) -> None:
+    names = ["礼貌", "速度", "C", "C++", "C!", "!", "?"]
+    (tmp_path / "c.md").write_text("# 客气\nTime counts.\n" + "".join(f"## {n}\nIt is clear.\n" for n in names))
+    replies = [reply(f"keep to rule {w}", f"show {w} first", f"end with {w} last") for w in "abcdefg"]
+    rubric = generate(load_constitution(tmp_path / "c.md"), Script(replies), tmp_path / "out", tries=1, **SMALL)
+    stems = [d.questions[0].id.rsplit(".", 1)[0] for d in rubric.dimensions]
+    assert stems == [f"客气.{x}" for x in ("礼貌", "速度", "c", "c_2", "c_3", "x", "x_2")]
+    assert load_rubric(tmp_path / "out" / "draft.yaml") == rubric
 
 
 def test_a_dimension_has_a_name_of_its_own_across_principles(tmp_path: Path) -> None:

@@ -731,6 +731,7 @@ def test_what_the_schema_allows_is_read(question: Question, data: st.DataObject)
     schema = reply_schema(question)
     assert schema["required"] == list(schema["properties"]) == ["reason", "label"]
     assert schema["additionalProperties"] is False
+    assert {x["type"] for x in schema["properties"].values()} == {"string"}  # OpenAI wants a type beside enum
     label = data.draw(st.sampled_from(schema["properties"]["label"]["enum"]))
     reason = data.draw(st.text(min_size=1, max_size=schema["properties"]["reason"]["maxLength"]))
     for ascii_only in (True, False):

@@ -8,13 +8,16 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
+from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import qalign.server
 from qalign.core import UserError
 from qalign.engine import EngineError, HFEngine, embedded_model, frame_of, load_engine, load_model
 from qalign.judge import LABELS, Judge
@@ -176,15 +179,74 @@ def test_what_is_sent() -> None:
         server.complete([CHAT])
     first, second = seen
     sent = (first["model"], first["messages"], first["max_tokens"], first["temperature"], first["top_p"], first["seed"])
-    assert sent == ("m", CHAT, 9, 0.5, 0.9, 4)
+    assert sent == ("m", CHAT, 9, 0.5, 0.9, *repeat_seeds([CHAT], 4))
     assert first["response_format"]["json_schema"]["schema"] == schema
     assert "response_format" not in second and second["temperature"] == 0
 
 
 def test_an_empty_reply_is_a_reply_and_usage_may_be_missing() -> None:
-    with stand_in(completion(None, usage=None)) as (server, _):
+    with stand_in(completion("", usage=None)) as (server, _):
         assert server.complete([CHAT]) == [""]
         assert (server.usage.requests, server.usage.prompt_tokens) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("content", "finish", "refusal", "said"),
+    [
+        (None, "length", None, r"gave no text \(finish reason length: reasoning takes more max_tokens\)"),
+        ("", "length", None, r"gave no text \(finish reason length: reasoning"),
+        (None, "tool_calls", None, r"gave no text \(finish reason tool_calls\)"),
+        (None, "stop", "I will\nnot.", r"gave no text \(I will not\.\)"),
+        (None, None, 7, r"gave no text \(7\)"),
+    ],
+)
+def test_a_reply_without_text_is_a_fault(content: str | None, finish: Any, refusal: Any, said: str) -> None:
+    message = {"role": "assistant", "content": content, "refusal": refusal}
+    answer = completion(None, choices=[{"index": 0, "finish_reason": finish, "message": message}])
+    with stand_in(answer) as (server, _):
+        with pytest.raises(EngineError, match=said):
+            server.complete([CHAT])
+        head, tail = server.frame("Grade.")
+        [row] = server.replies([[(head, True)]], [f"x{tail}"], [{"type": "object"}], [(0, 0)])
+    assert isinstance(row, EngineError) and re.search(said, str(row)) and "\n" not in str(row)
+
+
+def test_openai_is_sent_the_newer_bound(monkeypatch: Any) -> None:
+    def sent() -> list[set[str]]:
+        with stand_in(completion("{}")) as (server, seen):
+            server.complete([CHAT], max_tokens=9)
+            head, tail = server.frame("Grade.")
+            server.replies([[(head, True)]], [f"x{tail}"], [{"type": "object"}], [(0, 0)], max_tokens=9)
+            server.label_probs([[(head, True)]], [f"x{tail}"], [["TRUE", "NA"]])
+        bounds = [{k: v for k, v in body.items() if k.startswith("max_")} for body in seen]
+        assert [[*b.values()] for b in bounds] == [[9], [9], [1]]
+        return [set(b) for b in bounds]
+
+    for host, name in (("eu.api.openai.com", "max_completion_tokens"), ("llama.example.com", "max_tokens")):
+        assert qalign.server._room(SimpleNamespace(base_url=httpx.URL(f"https://{host}/v1")), 3) == {name: 3}
+    assert sent() == [{"max_tokens"}] * 3
+    monkeypatch.setattr(qalign.server, "_OPENAI", "127.0.0.1")
+    assert sent() == [{"max_completion_tokens"}] * 3
+
+
+NEUTRAL = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+
+
+@pytest.mark.parametrize("owner", ["vllm", "openai", None])
+def test_a_vllm_server_adds_nothing_of_the_models_own_to_a_reply(owner: str | None) -> None:
+    "It fills what is left open from generation_config.json; another server may refuse names it does not know."
+    models = owner and (200, JSON, json.dumps({"data": [{"id": "m", "owned_by": owner, "root": "/far"}]}).encode())
+    with stand_in(completion("x"), models=models) as (server, seen):
+        assert server.complete([CHAT] * 3, temperature=0.5, top_p=0.9) == ["x"] * 3
+    for body in seen:
+        assert {k: body[k] for k in NEUTRAL if k in body} == (NEUTRAL if owner == "vllm" else {})
+        assert body["top_p"] == 0.9
+
+
+def test_a_list_of_models_that_fails_is_asked_for_again() -> None:
+    with stand_in(completion("x"), models=(500, JSON, b"{}")) as (server, seen):
+        assert server.complete([CHAT]) == ["x"] and not server._vllm
+    assert not NEUTRAL.keys() & seen[0].keys()
 
 
 def test_no_chats_no_requests() -> None:
@@ -198,7 +260,11 @@ def test_openings_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "spec", ["openai:", "openai:m", "openai:@http://x/v1", "openai:m@", "openai:m@ftp://x", "m@http://x"]
+    "spec",
+    [
+        *("openai:", "openai:m", "openai:@http://x/v1", "openai:m@", "openai:m@ftp://x", "m@http://x"),
+        "openai:m@http://a b/v1",
+    ],
 )
 def test_bad_specifications(spec: str) -> None:
     with pytest.raises(UserError, match="expected openai:MODEL@BASE_URL"):
@@ -422,6 +488,78 @@ def test_a_prompt_that_is_too_long_is_not_sent(hf: HFEngine) -> None:
     assert isinstance(rows[0][0], dict) and "the server takes 40" in str(rows[1][0])
 
 
+def flat(body: dict[str, Any], name: str = "m") -> tuple[int, str, bytes]:
+    "A vLLM server to which every token is equally likely; `name` is what it calls itself."
+    if body.get("return_token_ids"):
+        ids = tokens_of(tokenizer(), [(body["prompt"], True)])
+        return completions([{"prompt_token_ids": ids}])
+    if "logprob_token_ids" not in body:
+        return completions([{"text": "{}"} for _ in body["prompt"]], model=name)
+    top = {f"token_id:{t}": -1.0 for t in body["logprob_token_ids"]}
+    logprobs = {"top_logprobs": [top], "tokens": [], "token_logprobs": [], "text_offset": []}
+    return completions([{"logprobs": logprobs} for _ in body["prompt"]], model=name)
+
+
+@cache
+def tokenizer() -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(embedded_model()))
+
+
+QUESTION: Any = ([[("Fine.", False)]], [" Kind?"], [["A", "B"]])
+
+
+def test_a_vllm_server_adds_nothing_of_the_models_own_to_a_verdict() -> None:
+    with stand_in(flat, models=listed()) as (server, seen):
+        [[answer]] = server.label_probs(*QUESTION)
+        schema = {"type": "object", "properties": {"reason": {"type": "string", "maxLength": 9}}}
+        assert server.replies(*QUESTION[:2], [schema], [(0, 0)]) == ["{}"]
+    assert answer == {"A": 0.5, "B": 0.5} and len(seen) == 3
+    for body in seen[1:]:
+        assert {k: body[k] for k in NEUTRAL} == NEUTRAL and body["top_p"] == 1.0
+    assert seen[2]["response_format"]["json_schema"]["schema"] == schema  # bounds and all
+
+
+def aliases(*entries: dict[str, Any]) -> tuple[int, str, bytes]:
+    every = [{"id": "m", "root": str(embedded_model())}, *entries]
+    return 200, JSON, json.dumps({"data": [{"owned_by": "vllm", **m} for m in every]}).encode()
+
+
+@pytest.mark.parametrize(
+    ("other", "good"),
+    [
+        ({"root": str(embedded_model())}, True),
+        ({"root": "/models/elsewhere"}, False),
+        ({"root": str(embedded_model()), "parent": "m"}, False),
+    ],
+)
+def test_a_second_name_of_the_same_model_may_answer(other: dict[str, Any], good: bool) -> None:
+    with stand_in(partial(flat, name="first"), models=aliases({"id": "first", **other})) as (server, _):
+        [[answer]] = server.label_probs(*QUESTION)
+    assert answer == {"A": 0.5, "B": 0.5} if good else "answered as 'first' when asked for 'm'" in str(answer)
+
+
+def test_an_adapter_is_not_answered_for_by_its_base() -> None:
+    models = aliases({"id": "first", "root": str(embedded_model())})
+    status, kind, data = models
+    listed_ = json.loads(data)
+    listed_["data"][0]["parent"] = "first"
+    with stand_in(partial(flat, name="first"), models=(status, kind, json.dumps(listed_).encode())) as (server, _):
+        [[answer]] = server.label_probs(*QUESTION)
+    assert "answered as 'first' when asked for 'm'" in str(answer)
+
+
+def test_a_label_that_was_cut_off_is_no_answer() -> None:
+    "vLLM writes -9999 for what top_k, top_p or min_p took away, which would pass for a label of no probability."
+    tree = LabelTree(("A", "B"), ((1,), (2,)))
+    with pytest.raises(
+        EngineError, match="cut a label off before it gave log-probabilities: serve --logprobs-mode raw"
+    ):
+        tree.probs({(): {1: -0.1, 2: -9999.0}})
+    assert tree.probs({(): {1: -0.1, 2: -800.0}})["B"] == 0
+
+
 def spoiled(hf: HFEngine, how: Any, body: dict[str, Any]) -> tuple[int, str, bytes]:
     status, kind, data = by_vllm(hf, body)
     if body.get("return_token_ids"):
@@ -549,6 +687,18 @@ def test_replies_by_tokens_and_by_chats(hf: HFEngine) -> None:
         row = server.replies(prefixes, suffixes, schemas[:2], [(0, 0), (0, 1)])
         assert server.replies(prefixes, suffixes, schemas[:2], []) == []
     assert row[0] == "< /s> x" and isinstance(row[1], EngineError)
+
+
+def test_a_chat_is_sent_no_bounds_on_the_length_of_texts() -> None:
+    "OpenAI's strict mode refuses them."
+    deep = {"type": "array", "items": [{"type": "string", "minLength": 1, "enum": ["a"]}], "maxItems": 2}
+    schema = {"type": "object", "properties": {"reason": {"type": "string", "maxLength": 160}, "more": deep}}
+    with stand_in(completion("{}")) as (server, seen):
+        head, tail = server.frame("Grade.")
+        server.replies([[(head, True)]], [f"x{tail}"], [schema], [(0, 0)])
+    sent = {"type": "array", "items": [{"type": "string", "enum": ["a"]}], "maxItems": 2}
+    strict = seen[0]["response_format"]["json_schema"]["schema"]
+    assert strict == {"type": "object", "properties": {"reason": {"type": "string"}, "more": sent}}
 
 
 def by_schema(body: dict[str, Any]) -> tuple[int, str, bytes]:
@@ -710,7 +860,12 @@ def test_labels_that_share_their_first_token_cannot_be_told_apart() -> None:
         first_token_probs(["Strongly agree", "Strongly disagree"], [("Strongly", -0.1)])
 
 
-def test_a_repeated_chat_gets_the_next_seed() -> None:
+def test_every_chat_gets_a_seed_of_its_own() -> None:
+    "vLLM draws the same noise for the same seed, whatever the prompt."
+    bye = [{"role": "user", "content": "Bye."}]
     with stand_in(completion("x"), parallel=1) as (server, seen):
-        server.complete([CHAT, CHAT, [{"role": "user", "content": "Bye."}]], seed=5, temperature=1.0)
-    assert [body["seed"] for body in seen] == [5, 6, 5] == repeat_seeds([CHAT, CHAT, []], 5)
+        server.complete([CHAT, CHAT, bye], seed=5, temperature=1.0)
+    sent = [body["seed"] for body in seen]
+    assert sent == repeat_seeds([CHAT, CHAT, bye], 5) == [96496672, 268086835, 48426765]
+    assert repeat_seeds([bye, CHAT], 5) == [sent[2], sent[0]]  # whatever stands beside it
+    assert not set(sent) & set(repeat_seeds([CHAT, CHAT, bye], 6)) and max(sent) < 2**31

@@ -372,6 +372,58 @@ def test_a_judge_made_for_something_else_is_refused(
         load_judge(tiny(), folder)
 
 
+def test_a_revision_that_nobody_knows_is_no_other_one(
+    engine: HFEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def named(revision: str) -> None:
+        monkeypatch.setattr(HFEngine, "identity", lambda self: {"spec": "tiny", "revision": revision})
+
+    def saved(revision: str) -> Path:
+        named(revision)
+        return save_judge(judge, tmp_path / revision, {})
+
+    judge, _ = tune(engine, examples_from_fixtures(RUBRIC, CASES[:1]), QUICK)
+    old, new = saved("None"), saved("0a1b")
+    for folder, now in ((old, "0a1b"), (old, "None"), (new, "0a1b"), (new, "None")):
+        named(now)
+        assert load_judge(tiny(), folder).fingerprint == judge.fingerprint
+    named("2c3d")
+    with pytest.raises(UserError, match="was tuned on tiny with other revision"):
+        load_judge(tiny(), new)
+
+
+def sees() -> HFEngine:
+    "A random model that also reads images: its vision tower has linear maps of the same names."
+    from transformers import AutoModelForCausalLM, Gemma3Config
+
+    made = tiny()
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    words = {**sizes, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": len(made.tokenizer), "pad_token_id": 0}
+    config = Gemma3Config(text_config=words, vision_config={**sizes, "image_size": 28, "patch_size": 14})
+    torch.manual_seed(0)
+    made.model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    return made
+
+
+def test_an_adapter_leaves_a_vision_tower_alone() -> None:
+    made, llama = sees(), tiny()
+    text = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    assert room._linear(llama.model) == (text, []) and room._linear(made.model)[0] == text
+    away = room._linear(made.model)[1]
+    assert {n.split(".")[-1] for n in away} == {"q_proj", "k_proj", "v_proj"} and all("vision" in n for n in away)
+    assert room._config(llama.model, Recipe()).exclude_modules is None  # the file of an adapter stays what it is
+    for _ in range(2):  # on the bare model, then beside the adapter that is there
+        judge, log = tune(made, examples_from_fixtures(RUBRIC, CASES[:1]), Recipe(r=2, layers=0.5, epochs=1))
+        names = [n for n, _ in judge.model.named_parameters() if f".{judge.name}." in n]
+        assert log and len(names) == 2 * 7 and all(".layers.1." in n and "vision" not in n for n in names)
+
+
+def test_a_model_whose_questions_cannot_share_a_response_is_not_tuned(engine: HFEngine) -> None:
+    engine.model._is_stateful = True
+    with pytest.raises(UserError, match="does not keep keys and values of its own in every layer"):
+        tune(engine, examples_from_fixtures(RUBRIC, CASES[:1]), QUICK)
+
+
 def test_a_killed_save_leaves_the_old_judge(engine: HFEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     judge, _ = tune(engine, examples_from_fixtures(RUBRIC, CASES[:2]), QUICK)
     folder = save_judge(judge, tmp_path / "judge", {"mark": 1})
