@@ -154,8 +154,8 @@ def flip_summary(
     read = [r for r in known if r["kind"] != "neutral"]
     neutral = [r["shift"] for r in known if r["kind"] == "neutral"]
     cases, shifts = [r["case"] for r in read], [r["shift"] for r in read]
-    moved = mean_interval([float(s > beyond) for s in shifts], cases)
-    flipped = mean_interval([float(r["flipped"]) for r in read], cases)
-    mean = mean_interval(shifts, cases)
+    moved = mean_interval([float(s > beyond) for s in shifts], cases, bounds=(0, 1))
+    flipped = mean_interval([float(r["flipped"]) for r in read], cases, bounds=(0, 1))
+    mean = mean_interval(shifts, cases, bounds=(-1, 1))
     out = {"unread": len(rows) - len(known), "moved": moved, "flipped": flipped, "mean_shift": mean}
     return {**out, "neutral_shift": sum(neutral) / len(neutral) if neutral else None}

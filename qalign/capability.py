@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 from .benchmarks import BENCHMARKS, Item, _path, load_benchmark
 from .core import UserError, content_hash, installed, read_jsonl, write_json, write_jsonl
 from .engine import HFEngine, load_engine, load_model, model_path
-from .stats import holm, mcnemar, paired_bootstrap, wilson
+from .stats import holm, mcnemar, rate_difference, wilson
 from .trace import answer_of, parse_trace
 
 # %% ../nbs/14c_capability.ipynb #ed08ccc3
@@ -429,7 +429,7 @@ def load_capability(
 def _difference(left: list[bool], right: list[bool]) -> dict[str, Any]:
     "Right minus left; one question alone has no interval."
     n, m = len(left), mcnemar(left, right)
-    d = paired_bootstrap(left, right) if n > 1 else None
+    d = rate_difference(left, right) if n > 1 else None
     told = {"difference": (sum(right) - sum(left)) / n, "low": d and d.low, "high": d and d.high}
     return {**told, "only_a": m.only_a, "only_b": m.only_b, "p": m.p, "n": n}
 

@@ -185,7 +185,9 @@ def summary_cells(
     return [["set", "metric", *models], *([*key, *(cells.get(m, "–") for m in models)] for key, cells in lines.items())]
 
 # %% ../nbs/14_evaluate.ipynb #18139994
-LEGEND = "95 % intervals. ▲ ▼: differs from the first model with a value, p < 0.05 after Holm; tied: does not."
+_BY_LIST = "by the kit's list of phrases"
+LEGEND = "95 % intervals. ▲ ▼: differs from the first model with a value, p < 0.05 after Holm; tied: does not. "
+LEGEND += f"refusal_rate: {_BY_LIST}."
 
 
 def summary_markdown(

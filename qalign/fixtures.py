@@ -222,7 +222,7 @@ def _spread(values: list[float]) -> list[float | None]:
         return [None, None, None]
     if len(values) == 1:
         return [values[0], None, None]
-    interval = mean_interval(values)
+    interval = mean_interval(values, bounds=(0, 1))
     return [interval.estimate, interval.low, interval.high]
 
 

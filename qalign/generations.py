@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 # %% ../nbs/14a_generations.ipynb #71c98cae
-from .benchmarks import Item, load_benchmark
+from .benchmarks import BENCHMARKS, Item, load_benchmark
 from .cache import VerdictCache
 from .core import UserError, cache_path, content_hash, data_path, installed, read_jsonl, write_json, write_jsonl
 from .engine import EngineError, HFEngine, Usage, _embedded_gguf, _free, load_engine, load_model, model_path
@@ -43,7 +43,7 @@ from qalign.safety import (
 )
 from .server import ServerEngine, load_server
 from .stats import Interval, holm, rate_difference
-from .trace import answer_of, parse_trace
+from .trace import OPEN, answer_of, parse_trace
 from .tune import judge_card
 
 # %% ../nbs/14a_generations.ipynb #04f22534
@@ -181,6 +181,16 @@ def _costs(
 _Drawn = tuple[dict[str, Generation], dict[str, EngineError]]
 
 
+def _opening(engine: Any) -> str:
+    "The think tag that the chat template opens a reply with, '' for none, and for a server, whose replies are its own."
+    tokenizer = None if isinstance(engine, ServerEngine) else getattr(engine, "tokenizer", None)
+    if tokenizer is None or not getattr(tokenizer, "chat_template", None):
+        return ""
+    chat = [{"role": "user", "content": "Hello"}]
+    head = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    return head[head.rindex(OPEN) :] if head.rstrip().endswith(OPEN) else ""
+
+
 def _draw(engine: Any, todo: Mapping[str, str], sampling: Sampling, system: str) -> _Drawn:
     "Answers to prompts, and why some did not come, by key."
     head = [{"role": "system", "content": system}] if system else []
@@ -197,7 +207,9 @@ def _draw(engine: Any, todo: Mapping[str, str], sampling: Sampling, system: str)
     seconds = (time.perf_counter() - begun) / len(chats)
     texts = {k: r.encode("utf-8", "replace").decode() for k, r in zip(todo, replies, strict=True) if r is not None}
     costs = _costs(engine, tally, list(texts.values()), sampling.max_tokens)
-    new = {k: Generation(t, *cost[:2], seconds, cost[2]) for (k, t), cost in zip(texts.items(), costs, strict=True)}
+    opened = _opening(engine)
+    whole = [t if t.lstrip().startswith(OPEN) else opened + t for t in texts.values()]
+    new = {k: Generation(t, *cost[:2], seconds, cost[2]) for k, t, cost in zip(texts, whole, costs, strict=True)}
     return new, {k: fault for k in todo if k not in new}
 
 # %% ../nbs/14a_generations.ipynb #4f6ae48e
@@ -286,7 +298,7 @@ _NAME = re.compile(r"[\w-][\w.-]*")
 
 
 def _with_behaviors(name: str, items: list[Item], say: Callable[[str], None]) -> list[Item]:
-    "HarmBench's test cases with the text of what they are after."
+    "HarmBench's test cases with the text of what they are after. Raises `UserError` for one whose behavior is unknown."
     if not name.startswith("harmbench_") or name == "harmbench_direct":
         return items
     try:
@@ -294,11 +306,15 @@ def _with_behaviors(name: str, items: list[Item], say: Callable[[str], None]) ->
     except UserError as e:
         say(f"{name}: judges see the attack instead of the behavior behind it: {e}")
         return items
+    if lost := sum(i.extra["BehaviorID"] not in known for i in items):
+        bench = BENCHMARKS["harmbench_direct"]
+        file = f"$QALIGN_DATA/{bench.folder}/{next(iter(bench.split().files))}"
+        raise UserError(f"{name}: no behavior for {lost} of {len(items)} test cases: put the published file at {file}")
     out = []
     for item in items:
-        own = known.get(item.extra["BehaviorID"])
-        more = {k: own.extra[k] for k in ("behavior", "Tags", "tags") if k in own.extra} if own else {}
-        out.append(replace(item, context=own.context if own else "", extra={**item.extra, **more}))
+        own = known[item.extra["BehaviorID"]]
+        more = {k: own.extra[k] for k in ("behavior", "Tags", "tags") if k in own.extra}
+        out.append(replace(item, context=own.context, extra={**item.extra, **more}))
     return out
 
 
@@ -320,12 +336,22 @@ def _sets(
 _EXTRA = {"behavior": "behavior", "Tags": "tags", "tags": "tags"}  # column of the set -> key of a row
 
 
+def _behavior(item: Item) -> dict[str, str]:
+    "The cluster of one of HarmBench's test cases, of which a behavior has several; nothing for other items."
+    return {"cluster": content_hash(item.extra["BehaviorID"])} if "BehaviorID" in item.extra else {}
+
+
+def _cluster(row: Mapping[str, Any]) -> str:
+    "What counts once, however many answers it has: the behavior of a test case, else the prompt."
+    return row.get("cluster") or row.get("prompt_hash") or row["id"]
+
+
 def _row(model: Model, name: str, item: Item, trial: int, key: str, said: Generation | EngineError) -> dict[str, Any]:
     output = said.output if isinstance(said, Generation) else None
     head: dict[str, Any] = {"model": model.name, "set": name, "id": item.id, "trial": trial}
     head |= {} if model.seed is None else {"seed": model.seed}
     asked = {"label": "harmful" if item.harmful else "benign", "category": item.category}
-    asked |= {"prompt_hash": content_hash(item.prompt), "prompt": item.prompt}
+    asked |= {"prompt_hash": content_hash(item.prompt), **_behavior(item), "prompt": item.prompt}
     asked |= {_EXTRA[k]: v for k, v in item.extra.items() if k in _EXTRA and v not in ("", item.prompt)}
     asked |= {"context": item.context} if item.context else {}
     told = {"output": output, "answer": answer_of(output or ""), "problem": parse_trace(output or "").problem}
@@ -803,12 +829,12 @@ def _answers(grid: _Grid, model: Model, engine: Any, name: str, items: Sequence[
     said, who = generate(engine, [i.prompt for i in items], grid.store, *how, tell=tell), engine.identity()
     if stored := len(items) * grid.trials - (grid.progress.write.done - before):
         grid.progress.step(grid.progress.write, what, stored)
-    old = {r["key"]: r["verdicts"] for r in _old(grid, model, name)}
+    old = {(r["key"], r["output"]): r["verdicts"] for r in _old(grid, model, name)}
     rows = []
     for item, answers in zip(items, said, strict=True):
         for t, answer in enumerate(answers):
-            key = grid.sampling.key(who, model.system, item.prompt, t)
-            rows.append({**_row(model, name, item, t, key, answer), "verdicts": old.get(key, {})})
+            row = _row(model, name, item, t, grid.sampling.key(who, model.system, item.prompt, t), answer)
+            rows.append({**row, "verdicts": old.get((row["key"], row["output"]), {})})
     return rows + _kept(grid, model, engine, name, items)
 
 
@@ -895,7 +921,7 @@ def _costs_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     written = [r["tokens_out"] for r in rows if r.get("tokens_out") is not None]
     ends = [r["finish"] == "length" for r in rows if r["finish"]]
     return {
-        "prompts": len({r["prompt_hash"] for r in rows}),
+        "prompts": len(set(map(_cluster, rows))),
         "seeds": _seeds_of(rows),
         "not_written": sum(map(_unwritten, rows)),
         "tokens_in": sum(r.get("tokens_in") or 0 for r in rows) or None,
@@ -919,7 +945,7 @@ def _rate_lines(
     "One line per judge of one model's answers to prompts of one kind; the first judge is held against each other."
     head, costs = {"model": rows[0]["model"], "set": rows[0]["set"]}, _costs_of(rows)
     written = [r for r in rows if not _unwritten(r)]
-    ids, prompts = [_place(r) for r in written], [r["prompt_hash"] for r in written]
+    ids, prompts = [_place(r) for r in written], [_cluster(r) for r in written]
     lines, (first, *others) = list[dict[str, Any]](), usable
     for n, other in enumerate(others):
         told = {name: [_said(r, name, missing) for r in written] for name in (first, other)}
@@ -940,7 +966,7 @@ def _aligned(cells: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _percent(x: float | None) -> str:
-    return "–" if x is None else f"{100 * x + 0.0:.1f}".replace("-", "−")
+    return "–" if x is None else f"{round(100 * x, 1) + 0.0:.1f}".replace("-", "−")
 
 
 def _with_ends(estimate: float | None, low: float | None, high: float | None) -> str:
@@ -968,7 +994,7 @@ class _Rates:
             n = f"{r['n']} of {r['prompts']} prompts" if r["seeds"] else r["n"]
             counts = [n, r["failed"] + r["not_written"], r["missing"]]
             tokens = "–" if r["tokens_out"] is None else f"{r['tokens_out']:.0f}"
-            kappa = "–" if r["kappa"] is None else f"{r['kappa']:.2f}"
+            kappa = "–" if r["kappa"] is None else f"{round(r['kappa'], 2) + 0.0:.2f}"
             names = [r[k] for k in ("model", "set", "of", "judge")]
             rate = _with_ends(r["estimate"], r["low"], r["high"])
             rows.append([*names, rate, *map(str, counts), tokens, kappa, str(len(r["differ"])), r["note"]])
@@ -1030,6 +1056,12 @@ def _pooled(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     told = {m: ", ".join(map(str, seeds)) for m, some in known.items() if (seeds := _seeds_of(some))}
     return [f"{m}: pooled over training seeds {seeds}; intervals are over prompts" for m, seeds in told.items()]
 
+
+def _by_behavior(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    "A line on sets whose test cases are clustered."
+    sets = ", ".join(dict.fromkeys(r["set"] for r in rows if "cluster" in r))
+    return [f"{sets}: a behavior with all its test cases counts as one prompt"] if sets else []
+
 # %% ../nbs/14a_generations.ipynb #99b3bb40
 def rates(
     rows: Sequence[Mapping[str, Any]],  # of `read_rows`, any models and sets
@@ -1052,7 +1084,7 @@ def rates(
         else:
             new = _rate_lines(some, of, usable, missing)
             lines, notes = lines + new, notes + _differing(new)
-    return _Rates(tuple(lines), (*notes, *_pooled(rows)))
+    return _Rates(tuple(lines), (*notes, *_pooled(rows), *_by_behavior(rows)))
 
 # %% ../nbs/14a_generations.ipynb #cf8bd81d
 def _beside(a: Mapping[Any, Any], b: Mapping[Any, Any]) -> list[Mapping[Any, Any]]:
@@ -1204,7 +1236,7 @@ def compare(
     lines, shown = [], []
     for (name, label), some in pairs.items():
         of, usable = _usable(some[0], seen)
-        prompts = [left["prompt_hash"] for left, _ in some]
+        prompts = [_cluster(left) for left, _ in some]
         for n, judge in enumerate(usable):
             x, y = ([_event(_said(pair[side], judge, missing), of) for pair in some] for side in (0, 1))
             head = {"set": name, "of": of, "judge": judge}
@@ -1213,7 +1245,7 @@ def compare(
     for r, p in zip(lines, holm([1.0 if r["p"] is None else r["p"] for r in lines]), strict=True):
         r["p_holm"] = None if r["p"] is None else p  # nothing to test is a test, too, as in the tables
     notes = [f"{judge}: {about['note'] or 'no figures of its own'}" for judge, about in seen.items()]
-    notes += _pooled([*a, *b])
+    notes += _pooled([*a, *b]) + _by_behavior([*a, *b])
     if examples and not all("output" in r for r in (*a, *b)):
         notes.append("no examples: the rows hold no texts")
     return _Comparison(min(names[0]), min(names[1]), tuple(lines), tuple(shown), tuple(notes))

@@ -27,7 +27,7 @@ from inspect_ai.solver import Generate, Solver, TaskState, solver, system_messag
 from .benchmarks import BENCHMARKS, Item, load_benchmark
 from .core import UserError, content_hash
 from .engine import weights_hash
-from .generations import _SHOWN, _full_name, _signed, _with_behaviors, named_judge
+from .generations import _SHOWN, _behavior, _full_name, _signed, _with_behaviors, named_judge
 from .safety import Decision, SafetyJudge, _event, string_judge
 from .trace import answer_of, parse_trace
 
@@ -76,7 +76,7 @@ def _scored(judge: Callable[[], SafetyJudge], missing: str, transcripts: bool) -
     return score
 
 # %% ../nbs/14b_inspect.ipynb #343abe19
-_METRICS = [mean(), stderr(cluster="prompt_hash")]
+_METRICS = [mean(), stderr(cluster="cluster")]
 _warn = logging.getLogger(__name__).warning
 _loaded = lru_cache(maxsize=2)(named_judge)
 
@@ -125,11 +125,12 @@ def _sample(name: str, item: Item, transcripts: bool) -> Sample:
     told: dict[str, Any] = {"set": name, "transcripts": transcripts}
     told |= {"label": "harmful" if item.harmful else "benign", "category": item.category}
     told |= {"prompt_hash": content_hash(item.prompt), "context": item.context}
+    told |= {"cluster": told["prompt_hash"], **_behavior(item)}
     told |= {"behavior": item.extra.get("behavior", ""), "tags": item.extra.get("Tags", item.extra.get("tags", ""))}
     return Sample(input=item.prompt, id=item.id, metadata=told)
 
 
-_DECIDE_HARM = ("llama-guard-3", "harmbench", "wildguard", "ask-harm", "strong-reject")
+_DECIDE_HARM = ("llama-guard-3", "harmbench", "wildguard", "ask-harm", "strong-reject", "rubric")
 
 
 def safety_task(
@@ -198,6 +199,7 @@ def _log_row(sample: EvalSample, model: str, seed: int | None, who: list[Any]) -
     head |= {} if seed is None else {"seed": seed}
     asked = {k: told[k] for k in ("label", "category", "prompt_hash")} | {"prompt": prompt}
     asked |= {k: told[k] for k in ("behavior", "context", "tags") if told.get(k)}
+    asked |= {"cluster": c} if (c := told.get("cluster")) not in (None, told["prompt_hash"]) else {}
     said = {"output": text, "answer": answer_of(text or ""), "problem": parse_trace(text or "").problem}
     cost: dict[str, Any] = {
         "tokens_in": usage.input_tokens if usage else None,

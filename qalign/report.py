@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .core import UserError, read_jsonl, write_text
-from .evaluate import LEGEND, summary_cells
+from .evaluate import _BY_LIST, LEGEND, summary_cells
 from .pool import GRADE
 from .trace import parse_trace
 
@@ -219,10 +219,11 @@ def _compared(records: Records, name: str, metric: str, a: str = "start", b: str
     return next((r for r in records.summary["comparisons"] if (r["set"], r["metric"], r["a"], r["b"]) == key), None)
 
 
-def _verdict(row: Mapping[str, Any] | None) -> str:
+def _verdict(row: Mapping[str, Any] | None, metric: str) -> str:
     if row is None:
         return "not compared"
-    return "significant" if row["p_holm"] < 0.05 else "tied"
+    by = " by this list" if metric == "refusal_rate" else ""
+    return f"differs{by}" if row["p_holm"] < 0.05 else "tied"
 
 
 def _percent(x: float) -> str:
@@ -252,13 +253,13 @@ def _refusals(records: Records, path: Path) -> None:
     sets = list(dict.fromkeys(r["set"] for r in records.summary["table"]))
     with _canvas(path) as (_, (ax,)):
         _bars(ax, records, "refusal_rate", sets, MODELS)
-        ax.set_ylabel("refusals, % of answers")
+        ax.set_ylabel("refusals by the list, % of answers")
         said = []
         for name in sets:
             ends = [_cell(records, name, "refusal_rate", m) for m in ("start", "grpo")]
             move = " → ".join(_percent(c["estimate"]) if c else "–" for c in ends)
-            said.append(f"{name} {move} ({_verdict(_compared(records, name, 'refusal_rate'))})")
-        ax.set_title(_wrap("Refusals, start → grpo: " + ", ".join(said), 100))
+            said.append(f"{name} {move} ({_verdict(_compared(records, name, 'refusal_rate'), 'refusal_rate')})")
+        ax.set_title(_wrap(f"Refusals {_BY_LIST}, start → grpo: " + ", ".join(said), 100))
 
 # %% ../nbs/15_report.ipynb #c021359c
 def _sft(records: Records, path: Path) -> None:
@@ -349,7 +350,7 @@ def _finding(records: Records, name: str, metric: str, what: str, show: Any) -> 
     for row in (_compared(records, name, metric, a) for a in ("start", "sft")):
         if row is not None:
             span = f"{show(row['difference'])} [{show(row['low'])}, {show(row['high'])}]"
-            tests.append(f"grpo minus {row['a']}: {span}, {_verdict(row)} ({_p(row['p_holm'])} after Holm)")
+            tests.append(f"grpo minus {row['a']}: {span}, {_verdict(row, metric)} ({_p(row['p_holm'])} after Holm)")
     return f"{what}, {name} prompts: {path}; " + ("; ".join(tests) or "not compared") + "."
 
 # %% ../nbs/15_report.ipynb #deb1a61b
@@ -367,7 +368,7 @@ def _findings(records: Records) -> list[str]:
     if moves["The reward"].word == "rises" and moves["R1"].word == "falls":
         out.append("Part of the rise in reward comes from worse drafts: R1 falls.")
     for name in dict.fromkeys(r["set"] for r in records.summary["table"]):
-        out.append(_finding(records, name, "refusal_rate", "Refusals", _percent))
+        out.append(_finding(records, name, "refusal_rate", f"Refusals {_BY_LIST}", _percent))
         out.append(_finding(records, name, "r_answer", "Judge's score of the answer", _num))
     return out
 
@@ -401,7 +402,7 @@ def _transcript(row: Mapping[str, Any]) -> str:
     if trace.ok:
         parts = {"draft": trace.draft, "reflection": trace.reflection, "revision": trace.revision}
     scores = ", ".join(f"{name} {_num(row[key])}" for name, key in (("R1", "r1"), ("R2", "r2"), ("reward", "reward")))
-    state = f"{scores}; {'refusal' if row['refusal'] else 'no refusal'}; form: {trace.problem or 'ok'}"
+    state = f"{scores}; {'refusal' if row['refusal'] else 'no refusal'} by the list; form: {trace.problem or 'ok'}"
     body = "".join(f"<h4>{name}</h4><pre>{_esc(text)}</pre>" for name, text in parts.items())
     return f"<h3>{_esc(row['set'])}: {_esc(row['prompt'])}</h3><p>{_esc(state)}</p>{body}"
 
@@ -444,7 +445,7 @@ _CAPTIONS = {
     "sft": ("Think-SFT", "metrics.jsonl, summary.json"),
     "reward": ("Reward over GRPO", "metrics.jsonl; p: Kendall's rank correlation with the step"),
     "principles": ("Principles over GRPO", "metrics.jsonl"),
-    "refusals": ("Refusals", "summary.json; bars: 95 % intervals"),
+    "refusals": ("Refusals", f"summary.json; refusals {_BY_LIST}; bars: 95 % intervals"),
     "heatmap": ("One response, question by question", "eval/heatmap.json"),
 }
 

@@ -18,7 +18,10 @@ from .generations import _label
 from .tables import read_records
 
 # %% ../nbs/15b_results.ipynb #8747cd0c
-_ROW = ("model", "set", "id", "trial", "seed", "label", "category", "prompt_hash", "problem", "transcripts", "finish")
+_ROW = (
+    *("model", "set", "id", "trial", "seed", "label", "category", "prompt_hash", "cluster", "problem"),
+    *("transcripts", "finish"),
+)
 _COST = ("tokens_in", "tokens_out", "seconds")
 _VERDICT = ("kind", "label", "status", "probability", "score", "note", "who")
 _QUESTION = ("id", "correct", "extracted", "no_answer")

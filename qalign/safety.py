@@ -688,7 +688,7 @@ def _interval(events: Sequence[bool], prompts: Sequence[Any]) -> Any:
     k, n, own = sum(events), len(events), len(set(prompts))
     if n and (own == n or k in (0, n)):  # outputs all alike: as sure as so many prompts make us
         return wilson(k * own // n, own)
-    return mean_interval([float(x) for x in events], prompts) if own > 1 else None
+    return mean_interval([float(x) for x in events], prompts, bounds=(0, 1)) if own > 1 else None
 
 # %% ../nbs/13a_safety.ipynb #522a07a4
 def rate(
@@ -722,7 +722,7 @@ def _mean_score(
     held = [(x, p) for x, p in zip(scores, prompts, strict=True) if x is not None]
     if not judge.startswith("strong-reject") or len({p for _, p in held}) < 2:
         return None
-    return mean_interval([x for x, _ in held], [p for _, p in held], level)
+    return mean_interval([x for x, _ in held], [p for _, p in held], level, bounds=(0, 1))
 
 # %% ../nbs/13a_safety.ipynb #88ddb924
 def agreement(

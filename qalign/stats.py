@@ -79,14 +79,18 @@ def _cluster_sums(x: np.ndarray, clusters: Sequence[Hashable] | None) -> tuple[n
     return np.bincount(index, weights=x), np.bincount(index).astype(float)
 
 # %% ../nbs/01_stats.ipynb #df96fd19
+_FEW = 10  # clusters; fewer are not drawn from
+
+
 def mean_interval(
     x: Sequence[float],  # values, n of them
     clusters: Sequence[Hashable] | None = None,  # what is drawn again as a whole, one per value: the prompt's id
     level: float = 0.95,  # confidence, 0..1
     n_boot: int = 2000,  # resamples, 100 or more
     seed: int = 0,
+    bounds: tuple[float, float] = (-math.inf, math.inf),  # that no value can leave, so no mean either
 ) -> Interval:
-    "Mean with its BCa bootstrap interval over clusters. Raises `UserError` for missing values or one cluster."
+    "Mean and BCa bootstrap interval over clusters; Student's below 10. Raises `UserError` for a gap or one cluster."
     _check_level(level)
     _check_draws(n_boot)
     values = _numbers(x, "x")
@@ -96,6 +100,11 @@ def mean_interval(
     estimate = float(values.mean())
     if np.allclose(sums / sizes, estimate, rtol=1e-12, atol=1e-12):  # all alike: nothing moves
         return Interval(estimate, estimate, estimate, len(values))
+    if (g := len(sums)) < _FEW:
+        rest = sums - estimate * sizes
+        error = math.sqrt(float((rest**2).sum()) * g / (g - 1)) / len(values)
+        half = float(stats.t.ppf((1 + level) / 2, g - 1)) * error
+        return Interval(estimate, max(bounds[0], estimate - half), min(bounds[1], estimate + half), len(values))
     ci = stats.bootstrap(
         (sums, sizes),
         lambda s, m, axis=-1: s.sum(axis) / m.sum(axis),
@@ -173,7 +182,7 @@ def paired_bootstrap(
     n_flip: int = 10_000,  # sign flips; all 2**clusters of them if that is no more
     seed: int = 0,
 ) -> Difference:
-    "Mean of b - a with its bootstrap interval and sign-flip p value. Raises `UserError` as `mean_interval` does."
+    "Mean of b - a with the interval of `mean_interval` and a sign-flip p value. Raises `UserError` as that does."
     left, right, keep = _pairs(a, b)
     if clusters is not None:
         if len(clusters) != len(keep):

@@ -22,7 +22,7 @@ import yaml
 
 from .benchmarks import BENCHMARKS
 from .core import UserError, data_path, read_jsonl, write_text
-from .generations import _beside, _check_judges, _scored
+from .generations import _beside, _check_judges, _cluster, _scored
 from .report import _CSS, _POLICY, _canvas, _plain, _wrap
 from .safety import _GONE, Decision, _event, _mean_score
 from qalign.stats import (
@@ -39,11 +39,11 @@ from qalign.stats import (
 _ORDER = ("start", "sft", "grpo")
 _STATES = ("ok", "missing", "failed")
 _KINDS = {"harm": ("harmful", "safe"), "refusal": ("refusal", "partial", "compliance")}
-Key = tuple[str, str, int, int]  # prompt, id, training seed (-1: none), trial; the first part is the cluster
+Key = tuple[str, str, int, int]  # prompt or behavior, id, training seed (-1: none), trial; the first is the cluster
 
 
 def _key(row: Mapping[str, Any]) -> Key:
-    return row.get("prompt_hash") or row["id"], row["id"], row.get("seed", -1), row["trial"]
+    return _cluster(row), row["id"], row.get("seed", -1), row["trial"]
 
 
 def _verdict_fault(verdict: Any) -> str:
@@ -160,6 +160,7 @@ class Results:
     missing: str  # harmful or apart
     level: float  # confidence of each interval, and of all ties together
     seeds: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # model -> training seeds pooled, if rows say
+    behaviors: tuple[str, ...] = ()  # sets of HarmBench's test cases, of which several share a behavior
 
 # %% ../nbs/15a_tables.ipynb #710697d8
 def _pair(
@@ -222,22 +223,22 @@ def measure(
     notes = {j: v.get("note", "") for r in rows for j, v in r.get("verdicts", {}).items()}
     trained = sorted({(r["model"], r["seed"]) for r in rows if "seed" in r})
     seeds = {m: tuple(seed for n, seed in trained if n == m) for m, _ in trained}
-    return Results(*_marked(cells, pairs, groups, level), kappas, notes, missing, level, seeds)
+    behaviors = tuple(dict.fromkeys(r["set"] for r in rows if "cluster" in r))
+    return Results(*_marked(cells, pairs, groups, level), kappas, notes, missing, level, seeds, behaviors)
 
 # %% ../nbs/15a_tables.ipynb #bc01d7d7
 def _cell(
     name: str, of: str, model: str, judge: str, told: Mapping[str, Any], rows: Mapping[Key, Any], level: float
 ) -> Cell:
-    mine, prompts = told[model], {k[0] for kept in told.values() for k in kept}
+    mine, asked = told[model], {k[:2] for kept in told.values() for k in kept}
     events = {k: x for k, (x, _) in mine.items() if x is not None}
     states = [state for _, state in mine.values()]
     rate = rate_interval(list(events.values()), [k[0] for k in events], level) if events else None
     judged = [k for k, (_, state) in mine.items() if state == "ok"]
     scores = [rows[k]["verdicts"][judge].get("score") for k in judged]
     score = _mean_score(judge, scores, [k[0] for k in judged], level)
-    own = {k[0] for k in mine}
-    counts = len(own), len(mine), states.count("failed"), states.count("missing")
-    return Cell(name, of, model, judge, rate, score, *counts, own == prompts)
+    counts = len({k[0] for k in mine}), len(mine), states.count("failed"), states.count("missing")
+    return Cell(name, of, model, judge, rate, score, *counts, {k[:2] for k in mine} == asked)
 
 # %% ../nbs/15a_tables.ipynb #baf312fb
 def _marked(
@@ -433,7 +434,7 @@ def claims(
 
 # %% ../nbs/15a_tables.ipynb #db8e5a39
 def _percent(x: float) -> str:
-    return f"{100 * x + 0.0:.1f}".replace("-", "−")
+    return f"{round(100 * x, 1) + 0.0:.1f}".replace("-", "−")
 
 
 def _ends(i: Interval) -> str:
@@ -456,7 +457,7 @@ def _basis(cells: Sequence[Cell], kappa: tuple[float | None, int]) -> str:
     "Agreement, n, the shares without a verdict or an answer, and mean scores, where there are any."
     first, parts = cells[0], list[str]()
     if len(cells) > 1:
-        parts.append("κ –" if kappa[0] is None else f"κ {kappa[0] + 0.0:.2f}".replace("-", "−"))
+        parts.append("κ –" if kappa[0] is None else f"κ {round(kappa[0], 2) + 0.0:.2f}".replace("-", "−"))
     trials = "" if first.answers == first.prompts else f" of {first.prompts} prompts"
     parts.append(f"n {first.answers}{trials}")
     for name in ("failed", "missing"):
@@ -517,6 +518,12 @@ def _legend(results: Results, of: str, judges: Sequence[str]) -> list[str]:
     ]
 
 # %% ../nbs/15a_tables.ipynb #3b91f2f8
+def _behaviors(results: Results, sets: Iterable[str]) -> list[str]:
+    "What a prompt is where a set has several test cases of one behavior."
+    named = ", ".join(s for s in results.behaviors if s in set(sets))
+    return [f"{named}: a behavior with all its test cases counts as one prompt."] if named else []
+
+
 def _shown_judges(cells: Sequence[Cell]) -> list[str]:
     "The judges in a table: the first two of each of its columns."
     columns: dict[str, list[str]] = {}
@@ -544,7 +551,7 @@ def results_table(
             row.append(_lines(_rates(here), _basis(here, results.kappas[s, of, model])) if here else _lines("–"))
         if any(c.model == model for c in mine):
             rows.append(tuple(row))
-    told = _legend(results, of, _shown_judges(mine)) + _published_notes(papers, of, sets)
+    told = _legend(results, of, _shown_judges(mine)) + _behaviors(results, sets) + _published_notes(papers, of, sets)
     published = _published_rows(papers, of, sets)
     return Table(f"{of.capitalize()}, %", ("model", *sets), (*rows, *published), tuple(told), len(published))
 
@@ -552,7 +559,7 @@ def results_table(
 def _points(x: float | None, sign: bool = True) -> str:
     if x is None:
         return "–"
-    text = f"{100 * x + 0.0:+.1f}" if sign else f"{100 * x:.1f}"
+    text = f"{round(100 * x, 1) + 0.0:+.1f}" if sign else f"{100 * x:.1f}"
     return text.replace("-", "−")
 
 
@@ -574,7 +581,8 @@ def comparison_table(
     notes = [
         f"Points of percent, {100 * results.level:g} % intervals. p: exact sign-flip test by prompt; Holm over all "
         f"{len(rows)} rows. dropped: pairs of answers with a side that has no verdict. detectable: the smallest true "
-        f"difference that 4 of 5 such studies would find as one of {len(rows)}; – where no prompt differs."
+        f"difference that 4 of 5 such studies would find as one of {len(rows)}; – where no prompt differs.",
+        *_behaviors(results, (c["set"] for c in results.comparisons)),
     ]
     return Table("Comparisons", head, tuple(rows), tuple(notes))
 
@@ -728,6 +736,19 @@ def _draw_bars(bars: Mapping[str, Mapping[str, Interval]], kinds: list[str], pat
         (low, k0, m0), (high, k1, m1) = min(ends), max(ends)
         ax.set_title(_wrap(f"{what}: from {_percent(low)} % ({k0}, {m0}) to {_percent(high)} % ({k1}, {m1})", 90))
 
+# %% ../nbs/15a_tables.ipynb #9d3b61ce
+def _least(xs: Sequence[Cell], ys: Sequence[Cell]) -> str:
+    "Who gives in least by the first judge, who is not told apart from it, and what it costs."
+    able = [(c, c.rate) for c in xs if c.judge == xs[0].judge and c.whole and c.rate]
+    if not able:
+        return f"{xs[0].set}: each model answered other prompts, so none gives in least"
+    best, rate = min(able, key=lambda a: a[1].estimate)
+    alike = ", ".join(c.model for c, _ in able if c is not best and (c.best or c.tied))
+    said = f"{best.model} gives in least, {_percent(rate.estimate)} % by {best.judge}"
+    said += f", not told apart from {alike}" if alike else ""
+    cost = [(c.rate, c.judge) for c in ys if c.model == best.model and c.rate][:1]
+    return said + "".join(f"; it refuses {_percent(r.estimate)} % of the benign by {judge}" for r, judge in cost)
+
 # %% ../nbs/15a_tables.ipynb #25f6415f
 def tradeoff_figure(
     results: Results,  # of `measure`
@@ -755,11 +776,7 @@ def tradeoff_figure(
         ax.set_xlabel(_wrap(f"attack success on {xs[0].set}, %", 80))
         ax.set_ylabel(_wrap(f"false refusals on {ys[0].set}, %{shown}", 40))
         ax.legend(loc="best")
-        best = min((c for c in xs if c.judge == judges[0][0]), key=lambda c: c.rate.estimate if c.rate else 1.0)
-        cost = next((c for c in ys if c.model == best.model and c.rate), None)
-        tail = f", and refuses {_percent(cost.rate.estimate)} % of the benign" if cost and cost.rate else ""
-        least = _percent(best.rate.estimate) if best.rate else "–"
-        ax.set_title(_wrap(f"{best.model} gives in least, {least} % by {best.judge}{tail}", 90))
+        ax.set_title(_wrap(_least(xs, ys), 90))
         ax.margins(0.08)
     return path
 
@@ -850,13 +867,14 @@ def _drawn(
     rows: Sequence[Mapping[str, Any]], results: Results, papers: Sequence[Mapping[str, Any]], folder: Path
 ) -> list[Path]:
     "Categories of each set that has several, and the trade-off if both sides were measured."
-    out = []
-    for name, of in dict.fromkeys((c.set, c.of) for c in results.cells):
-        column = [c for c in results.cells if (c.set, c.of) == (name, of) and c.rate]
-        if column and len({r.get("category") for r in rows if r["set"] == name and r.get("category")}) > 1:
+    out = list[Path]()
+    for (name, of), models in _columns(rows).items():
+        judge = _shown_judges([c for c in results.cells if (c.set, c.of) == (name, of) and c.rate])[-1:]
+        listed = [r for kept in models.values() for r in kept.values() if r.get("category")]
+        rated = [r for r in listed if any(_outcome(r, j, of, results.missing)[0] is not None for j in judge)]
+        if rated and len({r["category"] for r in listed}) > 1:
             path = folder / f"categories-{name}-{of.replace(' ', '-')}.png"
-            judge = _shown_judges(column)[-1]
-            out.append(category_figure(rows, name, path, of, judge, results.missing))
+            out.append(category_figure(rows, name, path, of, judge[0], results.missing))
     scored = {c.of for c in results.cells if c.rate}
     return [*out, tradeoff_figure(results, folder / "tradeoff.png", papers=papers)] if len(scored) == 2 else out
 

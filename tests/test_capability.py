@@ -20,6 +20,7 @@ from qalign.benchmarks import load_benchmark
 from qalign.capability import (
     CAPABILITY,
     Setup,
+    _difference,
     capability_cells,
     compare_capability,
     load_capability,
@@ -29,7 +30,7 @@ from qalign.capability import (
 )
 from qalign.core import UserError, read_jsonl, write_jsonl
 from qalign.engine import HFEngine
-from qalign.stats import mcnemar, paired_bootstrap
+from qalign.stats import mcnemar, rate_difference
 from qalign.trace import answer_of, render_trace
 
 HYPO = settings(derandomize=True, max_examples=60, deadline=None)
@@ -429,6 +430,15 @@ def test_a_transcript_is_scored_as_a_user_sees_it(
 # --- two models
 
 
+def test_a_change_of_nothing_has_a_width() -> None:
+    same, moved = ([True, False] * 10, [True, False] * 10), ([True] * 8 + [False] * 2, [False] + [True] * 8 + [False])
+    for left, right in (same, moved):
+        told, d, m = _difference(left, right), rate_difference(left, right), mcnemar(left, right)
+        assert (told["low"], told["high"], told["p"], told["only_a"]) == (d.low, d.high, m.p, m.only_a)
+        assert told["difference"] == pytest.approx(d.estimate) and told["low"] < d.estimate < told["high"]
+    assert [_difference([True], [False])[k] for k in ("difference", "low", "high", "n")] == [-1, None, None, 1]
+
+
 def test_pairs_are_compared_as_stats_does(
     record: tuple[Path, list[dict], list[str]], data: Path, tmp_path: Path
 ) -> None:
@@ -445,7 +455,7 @@ def test_pairs_are_compared_as_stats_does(
         left, right = (
             [s["correct"][t["metric"]] for s in read_jsonl(tmp_path / m / f"{t['set']}.jsonl")] for m in ("a", "b")
         )
-        d, m = paired_bootstrap(left, right), mcnemar(left, right)
+        d, m = rate_difference(left, right), mcnemar(left, right)
         assert (t["low"], t["high"], t["p"]) == (d.low, d.high, m.p)
         assert t["difference"] == pytest.approx(d.estimate)
         assert (t["only_a"], t["only_b"], t["n"]) == (m.only_a, m.only_b, len(left))

@@ -35,8 +35,9 @@ from qalign.generations import (
 )
 from qalign.safety import Decision, SafetyJudge, string_judge, two_judges
 from qalign.server import ServerEngine
-from qalign.stats import holm, rate_difference
-from qalign.tables import measure
+from qalign.stats import holm, rate_difference, rate_interval
+from qalign.tables import measure, results_table
+from qalign.trace import answer_of
 
 steady = settings(derandomize=True, deadline=None, max_examples=60)
 NO, YES = "I'm sorry, but I can't help with that.", "Sure. Begin with a clean table."
@@ -357,10 +358,15 @@ def test_harmbench_cases_carry_their_behavior(monkeypatch, tmp_path, store):
     cases = [
         Item(f"b{i}/0", f"please {i}", "harmbench_human", "harmful", extra={"BehaviorID": f"b{i}"}) for i in (1, 2)
     ]
+    direct.append(Item("b2", "Do that", "harmbench_direct", "harmful"))
     monkeypatch.setattr(generations, "load_benchmark", lambda n: direct if n == "harmbench_direct" else cases)
     run_grid([Model("m", engine=Rule())], ["harmbench_human"], tmp_path / "e", trials=1, store=store)
     a, b = read_rows(tmp_path / "e")
     assert (a["behavior"], a["context"], a["tags"]) == ("Do it", "Text", "hash_check") and "behavior" not in b
+    direct[1] = replace(direct[1], id="c0ffee")  # as in the public id, which has no BehaviorID
+    said = message(run_grid, [Model("m", engine=Rule())], ["harmbench_human"], tmp_path / "g", store=store)
+    assert said.startswith("harmbench_human: no behavior for 1 of 2 test cases: put the published file at ")
+    assert said.endswith("$QALIGN_DATA/harmbench/harmbench_behaviors_text_all.csv") and not (tmp_path / "g").exists()
 
     def missing(name):
         if name == "harmbench_direct":
@@ -371,6 +377,74 @@ def test_harmbench_cases_carry_their_behavior(monkeypatch, tmp_path, store):
     told = []
     run_grid([Model("m", engine=Rule())], ["harmbench_human"], tmp_path / "f", store=store, progress=told.append)
     assert "judges see the attack" in told[0]
+
+
+def attacks(n, cases=3):
+    "Test cases of HarmBench, several for one behavior."
+    extra = [{"BehaviorID": f"b{i}"} for i in range(n)]
+    return [
+        Item(f"b{i}/{k}", f"case {k} of {i}", "harmbench_zeroshot", "harmful", extra=extra[i])
+        for i in range(n)
+        for k in range(cases)
+    ]
+
+
+def test_test_cases_of_a_behavior_count_once(tmp_path, store):
+    def answer(seed):
+        return lambda p, n: NO if (int(p[-1]) * seed) % 3 == 1 else YES  # by behavior
+
+    for name, seed in (("a", 1), ("b", 2)):
+        how = {"judges": [STRINGS, ANYWHERE], "trials": 1, "store": store}
+        run_grid([Model(name, engine=Rule(answer(seed), name))], {"zeroshot": attacks(9)}, tmp_path / "e", **how)
+    rows = read_rows(tmp_path / "e")
+    a, b = (read_rows(tmp_path / "e", name) for name in "ab")
+    assert len({r["cluster"] for r in a}) == 9 and len({r["prompt_hash"] for r in a}) == 27
+    events, behaviors = [r["answer"] == YES for r in a], [r["id"].partition("/")[0] for r in a]
+    want = rate_interval(events, behaviors)
+    assert want.high - want.low > 1.4 * (rate_interval(events).high - rate_interval(events).low)
+    line, cell = rates(rows).lines[0], measure(rows).cells[0]
+    for found in ((line["estimate"], line["low"], line["high"]), (cell.rate.estimate, cell.rate.low, cell.rate.high)):
+        assert found == pytest.approx((want.estimate, want.low, want.high))
+    assert line["prompts"] == cell.prompts == 9 and cell.whole
+    change, pair = compare(a, b), measure(rows).comparisons[0]
+    want = rate_difference(events, [r["answer"] == YES for r in b], behaviors)
+    for found in (change.lines[0], pair):
+        assert (found["low"], found["high"], found["p"]) == pytest.approx((want.low, want.high, want.p))
+    note = "zeroshot: a behavior with all its test cases counts as one prompt"
+    assert (
+        note in change.notes and note in rates(rows).notes and f"- {note}." in results_table(measure(rows)).markdown()
+    )
+    less = measure([r for r in rows if r["model"] == "a" or r["id"].endswith("/0")])
+    assert [c.whole for c in less.cells[:2]] == [True, False] and not less.comparisons
+    bare = [{k: v for k, v in r.items() if k != "cluster"} for r in rows]
+    assert rates(bare).lines[0]["prompts"] == 27 and not any("behavior" in n for n in rates(bare).notes)
+
+
+def test_verdicts_stay_with_the_text_they_were_given_to(tmp_path, store):
+    other = Store(tmp_path / "other.sqlite")
+    for text, own in ((YES, store), (NO, other)):  # the same model draws anew: the names of its answers are the same
+        run_grid([Model("m", engine=Rule(lambda p, n, t=text: t))], SETS, tmp_path / "e", [STRINGS], store=own)
+    other.close()
+    assert {r["verdicts"]["strings:qalign"]["label"] for r in read_rows(tmp_path / "e")} == {"refusal"}
+
+
+def test_a_think_block_that_the_template_opens(store):
+    def template(chat, tokenize, add_generation_prompt):
+        return f"user: {chat[-1]['content']} assistant: {opens}"
+
+    replies = {"cut": "I could help", "whole": "Wait.</think>\n" + NO, "own": "<think>Wait.</think>" + NO}
+    tokenizer = SimpleNamespace(chat_template="…", apply_chat_template=template)
+    for opens, want in (("<think>\n", ["", NO, NO]), ("", ["I could help", NO, NO])):
+        engine = Rule(lambda p, n: replies[p], f"opens {opens}", tokenizer=tokenizer)
+        said = [g.output for [g] in generate(engine, list(replies), store, trials=1)]
+        assert [answer_of(t) for t in said] == want
+        assert said == [(opens if t[:7] != "<think>" else "") + t for t in replies.values()]
+
+
+def test_kappa_has_no_minus_before_nothing(tmp_path, store):
+    lines = rates(grid_rows(tmp_path, store)).lines
+    cells = generations._Rates(tuple({**r, "kappa": -0.004} for r in lines)).cells
+    assert {row[cells[0].index("kappa")] for row in cells[1:]} == {"0.00"}
 
 
 def test_a_model_whose_answers_are_there_is_not_loaded(monkeypatch, tmp_path, store):

@@ -116,6 +116,8 @@ def test_the_other_half(monkeypatch, data):
 def test_judges_that_cannot_say_it():
     with pytest.raises(UserError, match="counts false refusals and ask-harm:smollm2 decides harm"):
         safety_task("s", items(2, "benign"), "ask-harm:smollm2")
+    with pytest.raises(UserError, match="counts false refusals and rubric:hhh:smollm2 decides harm"):
+        safety_task("s", items(2, "benign"), "rubric:hhh:smollm2")
     with pytest.raises(UserError, match="no judge 'nobody'"):
         safety_task("s", items(2), "nobody")
 
@@ -156,6 +158,21 @@ def test_errors_are_clustered_by_prompt(tmp_path):
     metrics, _, _ = one(run(tmp_path, safety_task("s", twice), answer, epochs=1))
     once, _, _ = one(run(tmp_path, safety_task("s", twice[::2]), answer, epochs=1))
     assert metrics["stderr"] == pytest.approx(once["stderr"])
+
+
+def test_errors_are_clustered_by_behavior(tmp_path):
+    cases = [
+        Item(f"b{k}/{c}", f"{c} question {k}", "s", "harmful", extra={"BehaviorID": f"b{k}"})
+        for k in range(4)
+        for c in range(2)
+    ]
+    answer = lambda t: NO if t[-1] in "01" else YES  # noqa: E731
+    log = run(tmp_path, safety_task("s", cases), answer, epochs=1)
+    once, _, _ = one(run(tmp_path, safety_task("s", cases[::2]), answer, epochs=1))
+    assert one(log)[0]["stderr"] == pytest.approx(once["stderr"])
+    rows = rows_from_log(log)
+    assert len({r["cluster"] for r in rows}) == 4 and len({r["prompt_hash"] for r in rows}) == 8
+    assert not any("cluster" in r for r in rows_from_log(run(tmp_path, safety_task("s", items(2)), answer, epochs=1)))
 
 
 @pytest.mark.parametrize("missing, mean, unscored", [("harmful", 0.5, 0), ("apart", 0.0, 3)])

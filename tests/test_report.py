@@ -231,8 +231,9 @@ def test_findings_follow_the_numbers(run, tmp_path):
     said = "\n".join(findings(run))
     assert re.search("R2 rises from \u22120.3[89] to \u22120.3[45] over 6 GRPO steps", said)
     assert "R1 does not clearly rise or fall: \u22120.50 to \u22120.50 (p = 1.00)" in said
-    assert "Refusals, harmful prompts: 0 % (start) \u2192 0 % (sft) \u2192 75 % (grpo)" in said
-    assert "grpo minus start: 75 %" in said and "Refusals, benign prompts: 0 % (start)" in said and "tied" in said
+    refusals = "Refusals by the kit's list of phrases,"
+    assert f"{refusals} harmful prompts: 0 % (start) \u2192 0 % (sft) \u2192 75 % (grpo)" in said
+    assert "grpo minus start: 75 %" in said and f"{refusals} benign prompts: 0 % (start)" in said and "tied" in said
 
 
 def test_a_reward_that_rises_on_worse_drafts_says_so(tmp_path):
@@ -240,14 +241,28 @@ def test_a_reward_that_rises_on_worse_drafts_says_so(tmp_path):
     assert "Part of the rise in reward comes from worse drafts: R1 falls." in findings(make_run(tmp_path, grpo=grpo))
 
 
-def test_significant_and_tied_come_from_the_summary(run):
+def test_differs_and_tied_come_from_the_summary(run):
     summary = json.loads((run / "summary.json").read_text())
-    for p, word in ((0.2, "tied"), (0.01, "significant")):
+    for p, words in ((0.2, (", tied", ", tied")), (0.01, (", differs by this list", ", differs ("))):
         for c in summary["comparisons"]:
             c["p_holm"] = p
         write_json(run / "summary.json", summary)
-        lines = [line for line in findings(run) if line.startswith("Refusals")]
-        assert len(lines) == 2 and all(line.count(word) == 2 for line in lines)
+        for word, what in zip(words, ("Refusals", "Judge's score"), strict=True):
+            lines = [line for line in findings(run) if line.startswith(what)]
+            assert len(lines) == 2 and all(line.count(word) == 2 for line in lines)
+
+
+def test_refusals_name_what_counts_them(run, monkeypatch):
+    from matplotlib.axes import Axes
+
+    said = []
+    monkeypatch.setattr(Axes, "set_title", lambda self, text: said.append(text))
+    monkeypatch.setattr(Axes, "set_ylabel", lambda self, text, **how: said.append(text))
+    page = "".join(read(write_report(run)).text)
+    by = "by the kit's list of phrases"
+    assert any(t.startswith(f"Refusals {by}, start") for t in said) and "refusals by the list, % of answers" in said
+    assert f"refusal_rate: {by}." in page and f"refusals {by}; bars" in page and "no refusal by the list" in page
+    assert "significant" not in page
 
 
 def test_a_full_rubric_fits(tmp_path):

@@ -27,6 +27,7 @@ def row(model: str, i: int, said: str) -> dict[str, object]:
     judged = {"strings:qalign": verdict("refusal", said, reason=SECRET, reply=SECRET)}
     judged["guard"] = verdict("harm", "safe" if said == "refusal" else "harmful", reason=SECRET)
     asked = {"label": "harmful" if harmful else "benign", "prompt_hash": f"{i:016x}", "transcripts": False}
+    asked |= {"cluster": f"behavior {i // 6}"} if harmful else {}
     return {**head, **text, **cost, **asked, "verdicts": judged}
 
 
@@ -67,6 +68,7 @@ def test_the_tables_of_both_are_the_same(evaluation, tmp_path):
     for one, two in zip(*pairs, strict=True):
         assert one.name == two.name
         assert one.read_bytes().replace(b"eval", b"copy") == two.read_bytes().replace(b"eval", b"copy")
+    assert "advbench: a behavior with all its test cases counts as one prompt." in pairs[1][0].read_text()
     (error,) = [r for r in read_jsonl(tmp_path / "copy" / "advbench" / "grpo.jsonl") if r.get("error")]
     assert error["error"] == "not answered" and error["seconds"] == 0.1235
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from PIL import Image
 
+from qalign import tables
 from qalign.benchmarks import Item
 from qalign.core import UserError, write_json, write_jsonl
 from qalign.generations import Model, Store, compare, rates, read_rows, run_grid
@@ -624,6 +625,54 @@ def test_a_second_judge_that_could_be_read_nowhere(tmp_path):
     for model in ("start", "grpo"):
         write_jsonl(tmp_path / "e" / "advbench" / f"{model}.jsonl", [r for r in rows if r["model"] == model])
     assert len(write_tables(tmp_path / "e")) == 3
+
+
+def one_set(folder, rows):
+    for model in {r["model"] for r in rows}:
+        write_jsonl(folder / "advbench" / f"{model}.jsonl", [r for r in rows if r["model"] == model])
+    return folder
+
+
+def test_categories_without_a_rate_are_not_drawn(tmp_path):
+    rows = grid({"start": 0.9, "grpo": 0.4}, n=8)
+    for r in rows:  # the guard could be read on prompts without a category alone
+        if r["id"] == "p0":
+            r["category"] = ""
+        else:
+            r["verdicts"]["guard"] = said("harm", 0, "failed")
+    assert len(write_tables(one_set(tmp_path / "e", rows), tmp_path / "a", judges=["list", "guard"])) == 3
+    rows = [{**r, "category": ""} for r in grid({"start": 0.9}, n=8)]
+    rows += [{**r, "id": f"q{r['id']}"} for r in grid({"start": 0.1}, n=8, label="benign")]  # these have categories
+    names = [p.name for p in write_tables(one_set(tmp_path / "f", rows), tmp_path / "b")[3:]]
+    assert names == ["categories-advbench-false-refusal.png", "tradeoff.png"]
+
+
+def test_the_tradeoff_names_no_winner_that_the_table_does_not_have(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    def title(rows):
+        tradeoff_figure(measure(rows, ["list"]), tmp_path / "a.png")
+        return " ".join(titles[-1].split())
+
+    titles = list[str]()
+    monkeypatch.setattr(Axes, "set_title", lambda self, text: titles.append(text))
+    rows = grid({"start": 0.9, "sft": 0.32, "grpo": 0.3}) + grid({"grpo": 0.2}, name="sgxstest", label="benign")
+    few = [row("few", i=i, list=said("refusal", 1)) for i in range(5)]  # gives in never, on five prompts
+    told = title(rows + few)
+    assert re.fullmatch(
+        r"(grpo|sft) gives in least, \d+\.\d % by list, not told apart from (sft|grpo)(; it refuses \d.* by list)?",
+        told,
+    ), told
+    apart = [r for r in rows if r["model"] != "sft"]
+    assert re.fullmatch(r"grpo gives in least, \S+ % by list; it refuses \S+ % of the benign by list", title(apart))
+    other = [r | {"id": f"{r['model']}-{r['id']}"} if r["label"] == "harmful" else r for r in apart]
+    assert title(other) == "advbench: each model answered other prompts, so none gives in least"
+
+
+def test_kappa_and_points_have_no_minus_before_nothing():
+    cell = measure(grid({"start": 0.5}), ["list"]).cells[0]
+    assert tables._basis([cell, cell], (-0.004, 80)).startswith("κ 0.00, ")
+    assert (tables._points(-0.0004), tables._percent(-0.0004)) == ("+0.0", "0.0")
 
 
 def test_strong_reject_shows_its_mean_score():
