@@ -11,6 +11,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sysconfig
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata, util
@@ -236,7 +237,18 @@ def _gpu_findings() -> list[Finding]:
     build, (gpus, problem) = _torch_build(), _gpus()
     remedy = "the [tiny] preset runs on the CPU; the gpu presets need a CUDA GPU"
     seen = Finding("GPU", "ok", "; ".join(gpus)) if gpus else Finding("GPU", "warn", problem, remedy)
-    return [_torch_finding(build, gpus), seen, _bitsandbytes(build)]
+    found = [_torch_finding(build, gpus), seen, _bitsandbytes(build)]
+    return [*found, _compiler()] if gpus and build and build.cuda else found
+
+
+def _compiler() -> Finding:
+    "TRL's kernels are compiled by Triton on the machine they run on."
+    cc = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    header = Path(sysconfig.get_paths()["include"], "Python.h").is_file()
+    lacking = [name for name, there in (("C compiler", cc), ("Python.h", header)) if not there]
+    if lacking:
+        return Finding("C compiler", "missing", f"no {' and no '.join(lacking)}", "apt install gcc python3-dev")
+    return Finding("C compiler", "ok", f"{Path(str(cc)).name}, Python.h")
 
 
 def _bitsandbytes(build: TorchBuild | None) -> Finding:

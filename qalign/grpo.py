@@ -44,7 +44,7 @@ from .processes import Elsewhere, by_first, first, gathered, together, world_siz
 from .prompts import Prompt
 from .reward import RewardRecord, RubricReward, batch_metrics
 from .rubric import Rubric
-from .sft import as_loaded, common_arguments, keep_float32
+from .sft import as_loaded, common_arguments, keep_float32, one_gpu
 
 # %% ../nbs/12_grpo.ipynb #14252dd6
 def micro_batch(
@@ -190,7 +190,7 @@ def grpo_arguments(
     _tracked(settings)
     told = {k: v for k, (v, _) in (_from_settings(settings) | _fixed()).items()}
     names = {"run_name": Path(folder).absolute().parent.name, "project": "qalign"}
-    return GRPOConfig(**{**common_arguments(settings, Path(folder)), **told, **names})
+    return one_gpu(GRPOConfig(**{**common_arguments(settings, Path(folder)), **told, **names}))
 
 # %% ../nbs/12_grpo.ipynb #f1b7d4d2
 @dataclass(frozen=True)
@@ -586,6 +586,12 @@ def _one_line(s: _Session) -> Iterator[None]:
         raise kind(f"GRPO stopped in step {s.step + 1}: {why} ({left})") from e
 
 
+def _on_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def _take_up(
     folder: Path, identity: Mapping[str, Any], resume: bool, say: Callable[[str], None]
 ) -> tuple[Path, dict[str, Any]] | None:
@@ -602,6 +608,8 @@ def _take_up(
             if versions().get(name) != was:
                 say(f"note: {name} was {was}, now {versions().get(name)}: the rest may differ in the last digits")
         say(f"GRPO goes on after step {found[1]['step']}")
+        if _on_gpu():
+            say("note: a GPU adds in no fixed order: the rest may differ in the last digits from an uninterrupted run")
     rewind(folder, found[1]["step"] if found else 0)
     return found
 
@@ -707,6 +715,8 @@ def train_grpo(
         if not found and not _cut_up(trainer):  # weights that are cut up are whole until training begins
             say(f"the worst step that can come: {together(lambda: dry_step(model, settings))}")
         trainer.train(resume_from_checkpoint=str(found[0]) if found else None)
+        if _cut_up(trainer):  # each process holds a part: they write it together, the first puts it on disk
+            trainer.save_model(str(folder / "adapter"))
     as_loaded(model)
     return reward
 

@@ -21,7 +21,7 @@ from typing import Any
 
 # %% ../nbs/11_memory.ipynb #e1e3c22d
 from .core import Settings, UserError
-from .engine import quiet, unpacked
+from .engine import HFEngine, quiet, unpacked
 from .rubric import rubric_for
 
 # %% ../nbs/11_memory.ipynb #f0c7f292
@@ -582,6 +582,26 @@ def _generate(z: _Shape) -> dict[str, list[_Term]]:
     }
 
 
+def _evaluate(z: _Shape) -> list[_Term]:
+    "Writing the held-out answers: the trainer is not there yet, and an answer may be longer than a completion."
+    s = z.s
+    a, prompt, answer = min(HFEngine.batch, max(s.eval_harmful, s.eval_benign)), s.prompt_tokens, s.eval_tokens
+    read = z.layer(a, prompt, 0).forward + 2 * z.x(a, prompt) + a * prompt**2
+    write = z.layer(a, 1, prompt + answer - 1).forward
+    moments = [
+        (read, prompt, "layer(a, P) + 2 x(a, P) + a P^2"),
+        (write, prompt + answer, "layer(a, 1) on the full cache"),
+        (22 * a * z.vocab, prompt + answer, "22 a V"),
+    ]
+    work, held, formula = max(moments, key=lambda m: m[0] + z.layers * z.kv * a * m[1])
+    return [
+        *_weights(z),
+        _Term("adapter", 4 * z.p, "4 p", "counted"),
+        _Term("key-value cache", z.layers * z.kv * a * held, "2 w L k d a (P + E)", "counted"),
+        _Term("working set", work, formula, "traced"),
+    ]
+
+
 def _judging(z: _Shape) -> dict[str, list[_Term]]:
     if z.s.judge.partition(":")[0] not in ("self", "tuned"):
         return {}
@@ -674,7 +694,7 @@ def plan(
     except AttributeError as e:
         raise UserError(f"no plan for {name or type(c).__name__}: expected a config like Llama's ({e})") from None
     z = _Shape(settings, options, key, count_weights(config), *sizes)
-    phases = {"load": _loading(z)}
+    phases = {"load": _loading(z), "evaluate": _evaluate(z)}
     for phase, terms in {**_generate(z), **_judging(z), **_learn(z)}.items():
         phases[phase] = [*_resident(z), *terms]
     phases = {k: _with_overhead(terms, device) for k, terms in phases.items()}
@@ -770,7 +790,7 @@ def plan_figure(
 # %% ../nbs/11_memory.ipynb #472a568f
 _KNOBS = (
     *("generate_batch", "micro_batch", "checkpointing", "judge_rows", "judge_chunk"),
-    *("optimizer", "quantization", "completion_tokens", "lora_r", "group_size"),
+    *("optimizer", "quantization", "eval_tokens", "completion_tokens", "lora_r", "group_size"),
 )
 
 
@@ -801,7 +821,7 @@ def _ladder(p: Plan, key: str) -> list[Any]:
     if key in ("checkpointing", "optimizer", "quantization"):
         last = {"checkpointing": True, "optimizer": _OPTIMIZERS[1], "quantization": "nf4"}[key]
         return [] if _value(p, key) == last else [last]
-    low = {"completion_tokens": 64, "lora_r": 4, "group_size": 2}.get(key, 1)
+    low = {"eval_tokens": 64, "completion_tokens": 64, "lora_r": 4, "group_size": 2}.get(key, 1)
     if key == "group_size":
         return list(range(p.settings.group_size - 1, low - 1, -1))
     out, v = list[int](), _value(p, key)

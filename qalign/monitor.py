@@ -85,9 +85,9 @@ def saturated(
     found: dict[str, list[set[str]]] = {"all_good": [], "all_bad": []}
     for _, group in groupby(records, key=lambda r: r.prompt_id):
         scored = [r for r in group if r.reward is not None]
-        if len(scored) < 2 or len({r.reward for r in scored}) > 1:
+        if len(scored) < 2 or len({r.hard_reward for r in scored}) > 1:
             continue
-        name = "all_good" if _mean([r.r2 or 0.0 for r in scored]) > 0 else "all_bad"
+        name = "all_good" if _mean([r.hard_r2 or 0.0 for r in scored]) > 0 else "all_bad"
         labels = ("TRUE", "A") if name == "all_good" else ("FALSE", "F")
         for r in scored:
             said = r.scorecards[1].verdicts if r.scorecards else ()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['final_reward', 'group_advantages', 'fill_unscored', 'RewardRecord', 'RubricReward', 'batch_metrics', 'credit_rows',
-           'write_credit', 'read_credit', 'replay', 'rubric_reward']
+           'write_credit', 'read_credit', 'replay', 'judge_precision', 'rubric_reward']
 
 # %% ../nbs/08_reward.ipynb #fd8d715e
 import functools
@@ -97,6 +97,8 @@ class RewardRecord:
     r1: float | None  # base score of the draft, -1..1; -1 if unparsable, None if unscored
     r2: float | None  # base score of the revision, likewise
     reward: float | None  # final reward; None if unscored, whatever the trainer is given instead
+    hard_r2: float | None  # r2 of the labels alone, whatever `scores` is; None if they give none
+    hard_reward: float | None  # final reward of the labels alone, likewise
     scorecards: "tuple[Scorecard, ...]"  # the judge's, of draft and revision; () if unparsable
     prompt_id: str  # names the group
     index: int  # number of the completion within its step
@@ -132,6 +134,12 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return math.fsum(known) / len(known) if known else None
 
 # %% ../nbs/08_reward.ipynb #5d870732
+def _hard(rubric: Rubric, settings: Settings, cards: "Sequence[Scorecard]") -> tuple[float | None, float | None]:
+    "R2 and the final reward with hard scores, of the cards of draft and revision."
+    r1, r2 = (pool(rubric, card.verdicts, "hard", settings.max_failed).base for card in cards)
+    return r2, final_reward(r1, r2, settings.alpha, settings.beta)
+
+
 def _score(
     judge: "Judge",
     settings: Settings,
@@ -161,7 +169,8 @@ def _score(
         r1, r2 = (card.score.base for card in both) if both else (-1.0, -1.0)
         reward = final_reward(r1, r2, settings.alpha, settings.beta)
         name = content_hash(prompts[i]) if ids is None else str(ids[i])
-        out.append(RewardRecord(prompt, text, trace, r1, r2, reward, both, name, first + i))
+        hard = _hard(judge.rubric, settings, both) if both and settings.scores != "hard" else (r2, reward)
+        out.append(RewardRecord(prompt, text, trace, r1, r2, reward, *hard, both, name, first + i))
     return out
 
 # %% ../nbs/08_reward.ipynb #18f7a3b4
@@ -230,7 +239,7 @@ def batch_metrics(
     "Plain numbers of a batch, free of wall times; None where there is nothing to average."
     groups = [[r for r in g if r.reward is not None] for _, g in groupby(records, key=lambda r: r.prompt_id)]
     spreads = [_mean_std([r.reward for r in g if r.reward is not None])[1] for g in groups if len(g) > 1]
-    flat = [_mean(r.r2 for r in g) or 0.0 for g in groups if len(g) > 1 and len({r.reward for r in g}) == 1]
+    flat = [_mean(r.hard_r2 for r in g) or 0.0 for g in groups if len(g) > 1 and len({r.hard_reward for r in g}) == 1]
     cards = [card for r in records for card in r.scorecards]
     out = {
         "reward": _mean(r.reward for r in records),
@@ -373,6 +382,14 @@ def replay(
     return frame.astype({"r1": float, "r2": float, "reward": float})
 
 # %% ../nbs/08_reward.ipynb #f2392871
+def judge_precision(
+    settings: Settings,
+) -> str:
+    "How a judge with weights of its own is loaded: as the policy is, but vLLM has no 4-bit base and takes bf16."
+    four_bit = settings.judge.startswith("vllm:") and settings.quantization == "nf4"
+    return "none" if four_bit else settings.quantization
+
+
 @functools.cache
 def _from_environment() -> RubricReward:
     from qalign.engine import HFEngine, load_engine, load_model, model_path
@@ -385,7 +402,7 @@ def _from_environment() -> RubricReward:
     if folder := judge_folder(s.judge):
         engine: Any = load_judge(HFEngine(*load_model(model_path(s.model), s.quantization), spec=s.model), folder)
     else:
-        engine = load_engine(s.model if s.judge == "self" else s.judge, s.quantization)
+        engine = load_engine(s.model if s.judge == "self" else s.judge, judge_precision(s))
     judge = Judge(rubric_for(s), engine, s.scores, s.max_failed, s.judge_chunk, s.judge_mode, s.judge_layout)
     return RubricReward(judge, s, folder=os.environ.get("QALIGN_RUN"), fill_groups=False)
 

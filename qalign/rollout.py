@@ -29,6 +29,7 @@ from .bench import _machine
 from .core import Settings, UserError, append_jsonl, installed, read_jsonl, write_json, write_jsonl
 from .engine import EngineError, HFEngine, model_path, quiet
 from .memory import VLLM_SHARE
+from .processes import world_size
 from .server import ServerEngine, load_server
 
 # %% ../nbs/12a_rollout.ipynb #a3c7847c
@@ -267,7 +268,12 @@ def continuous_rollout(
         options: dict[str, Any] = {"do_sample": True, "temperature": s.temperature, "top_p": s.top_p, "top_k": 0}
         options |= {"max_new_tokens": s.max_tokens, "eos_token_id": list(s.eos) or -1, "pad_token_id": 0}
         config = ContinuousBatchingConfig(
-            page_size=_PAGE, num_blocks=rows * pages, max_requests_per_batch=rows, return_logprobs=True, seed=seed
+            page_size=_PAGE,
+            num_blocks=rows * pages,
+            max_requests_per_batch=rows,
+            return_logprobs=True,
+            seed=seed,
+            auto_switch_to_flash=False,  # it would draw by other kernels than those that score
         )
         with HFEngine(model, None).inference():
             told = model.generate_batch(
@@ -572,6 +578,8 @@ def check_rollout(
         raise UserError(f"expected rollout trl, hf, continuous, vllm or openai:NAME@BASE_URL, got {kind!r}")
     if kind == "vllm" and not util.find_spec("vllm"):
         raise UserError("rollout vllm needs vLLM in this environment: pip install 'qalign[vllm]', or give a server")
+    if kind == "vllm" and world_size() > 1:
+        raise UserError("rollout vllm is for one process: with several use rollout hf, or a server openai:NAME@URL")
     if settings.top_p < 1 and (kind == "vllm" or kind.startswith("openai:")):
         raise UserError(f"rollout {kind} samples with top_p = 1 alone, got {settings.top_p:g}: use rollout hf for less")
 

@@ -6,7 +6,7 @@
 __all__ = ['REFLECTION_RULES', 'Record', 'whole_sentences', 'weakest_questions', 'check_reflection', 'template_reflection',
            'reflection_chat', 'revision_request', 'tally', 'build_records', 'save_dataset', 'load_dataset',
            'check_template', 'training_rows', 'check_packing', 'add_adapter', 'lr_warning', 'common_arguments',
-           'log_callback', 'keep_float32', 'as_loaded', 'train_sft']
+           'one_gpu', 'log_callback', 'keep_float32', 'as_loaded', 'train_sft']
 
 # %% ../nbs/10_sft.ipynb #dddd756d
 import math
@@ -789,6 +789,14 @@ def common_arguments(
     }
 
 
+def one_gpu(
+    args: Any,  # of a transformers trainer
+) -> Any:
+    "The arguments, for one GPU: of several that a process sees it would make an `nn.DataParallel`, which TRL refuses."
+    args._n_gpu = min(args.n_gpu, 1)
+    return args
+
+
 def _micro(settings: Settings) -> int:
     "Records of a backward pass: the largest divisor of `sft_batch` up to `micro_batch`: a step takes the batch."
     batch = settings.sft_batch
@@ -799,7 +807,7 @@ def _sft_arguments(settings: Settings, folder: Path, longest: int) -> Any:
     from trl import SFTConfig
 
     micro, packing = _micro(settings), settings.sft_packing
-    return SFTConfig(
+    args = SFTConfig(
         **common_arguments(settings, folder),
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=settings.sft_batch // micro,
@@ -813,6 +821,7 @@ def _sft_arguments(settings: Settings, folder: Path, longest: int) -> Any:
         padding_free=packing == "padding_free",
         loss_type="nll",
     )
+    return one_gpu(args)
 
 # %% ../nbs/10_sft.ipynb #e049ab0a
 def _printer() -> Any:

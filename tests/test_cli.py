@@ -51,6 +51,26 @@ def test_the_demo_takes_the_option_that_its_message_names(monkeypatch, capsys):
     assert told == [True, True]
 
 
+def test_fresh_removes_a_run_and_nothing_else(tmp_path, monkeypatch, capsys):
+    told = []
+    monkeypatch.setattr(cli, "_run", lambda settings, out, prompts, resume: told.append(out.exists()))
+    pipeline.open_folder(tmp_path / "x", pipeline.make_plan(load_settings("tiny")))
+    assert call(monkeypatch, capsys, "demo", "--fresh", "--out", tmp_path / "x", "--alhpa", "2")[0] == 2
+    assert pipeline.holds_run(tmp_path / "x"), "a typo loses nothing"
+    write(tmp_path / "settings.json", '{"editor.tabSize": 4}')
+    assert call(monkeypatch, capsys, "demo", "--fresh", "--out", tmp_path)[0] == 0
+    assert call(monkeypatch, capsys, "demo", "--fresh", "--out", tmp_path / "x")[0] == 0
+    assert told == [True, False] and (tmp_path / "settings.json").exists()
+
+
+def test_a_folder_with_a_settings_file_of_another_program_is_no_run(tmp_path):
+    for content in ('{"editor.tabSize": 4}', "[1]", "{torn"):
+        write(tmp_path / "settings.json", content)
+        assert not pipeline.holds_run(tmp_path)
+        with pytest.raises(UserError, match="is not empty and holds no run: give another --out"):
+            pipeline.open_folder(tmp_path, pipeline.make_plan(load_settings("tiny")), resume=True)
+
+
 TWO = "{name: a, questions: [{id: x, kind: gate, text: 'A?'}, {id: x, kind: graded, text: 'B?'}]}"
 RUBRIC = "name: mine\ncap: ''\nprinciples: [{{name: p, dimensions: [{}]}}]\n"
 CASES = {

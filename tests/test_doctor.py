@@ -197,6 +197,20 @@ def test_gpu_findings(tmp_path, monkeypatch):
     assert torch.state == "warn" and "it cannot use the GPU" in torch.found and gpu.state == "ok"
 
 
+def test_a_gpu_machine_needs_a_compiler(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "_torch_build", lambda: TorchBuild("2.13.0", "13.0", None))
+    monkeypatch.setattr(doctor, "_gpus", lambda: (["NVIDIA L4, 22 GiB"], ""))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(doctor.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    lacking = doctor._gpu_findings()[-1]
+    assert (lacking.state, lacking.found) == ("missing", "no C compiler and no Python.h")
+    assert lacking.remedy == "apt install gcc python3-dev"
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setenv("CC", "/usr/bin/cc")
+    assert (doctor._gpu_findings()[-1].state, doctor._gpu_findings()[-1].found) == ("ok", "cc, Python.h")
+
+
 def test_a_silent_nvidia_smi(monkeypatch):
     def hang(*args, timeout, **kwargs):
         assert timeout == 5

@@ -273,6 +273,16 @@ def records(run: Path) -> dict:
     return {**rows, "adapter": final["adapter"], "alarms": alarms, "steps": steps, "credit": credit}
 
 
+def test_gpus_that_nobody_launched_processes_for_are_left_alone(monkeypatch, tmp_path):
+    from transformers import TrainingArguments
+
+    from qalign.sft import _sft_arguments
+
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
+    assert grpo_arguments(load_settings("tiny"), tmp_path)._n_gpu == 1
+    assert _sft_arguments(load_settings("tiny"), tmp_path, 64)._n_gpu == 1
+
+
 def killed_and_resumed(children, run: Path, overrides: dict, kill: tuple) -> dict:
     assert children(str(run), overrides, kill) == -signal.SIGKILL
     assert not (run / "final.json").exists()

@@ -181,6 +181,16 @@ def test_phases_follow_the_settings() -> None:
     assert _bytes(two, "decode", "key-value cache") == 2 * _bytes(one, "decode", "key-value cache")
 
 
+def test_an_evaluation_is_counted_at_its_longest_answers() -> None:
+    gpu = load_settings("gpu24", eval_tokens=2048, prompt_tokens=512)
+    p = plan(gpu)
+    assert _bytes(p, "evaluate", "key-value cache") == 32 * (512 + 2048) * 32 * 2 * 2 * 8 * 128
+    assert {t.name for t in p.terms["evaluate"]} & {"optimizer state", "reference adapter"} == set()
+    few = plan(gpu.replace(eval_harmful=4, eval_benign=2))
+    assert 8 * _bytes(few, "evaluate", "key-value cache") == _bytes(p, "evaluate", "key-value cache")
+    assert plan(gpu.replace(eval_tokens=256)).peaks["evaluate"] < p.peaks["evaluate"]
+
+
 @pytest.mark.parametrize("preset", ["tiny", "paper", "gpu24", "gpu48", "gpu80"])
 def test_micro_batch_is_that_of_training(preset: str) -> None:
     for m in (1, 3, 5, 7, 100):
@@ -222,7 +232,8 @@ def test_advice_fits_or_says_so(gb: float) -> None:
 def test_advice_is_no_more_than_needed() -> None:
     p = plan(load_settings("gpu24"), generate_batch=0)
     assert advise(p, 80).changes == ()
-    assert [c[0] for c in advise(p, 16).changes] == ["generate_batch"]
+    assert [c[0] for c in advise(p, 24).changes] == ["generate_batch"]
+    assert [c[0] for c in advise(p, 16).changes] == ["generate_batch", "eval_tokens"]
     never = advise(plan(STEP, SMALL), 0.5)
     assert not never.fits and "does not fit" in str(never)
 

@@ -137,7 +137,7 @@ def record(prompt_id: str, labels: str, reward: float | None, ok: bool = True) -
     card = Scorecard("", "", said, pool(RUBRIC, said), 0)
     r = card.score.base if ok else -1.0
     trace = Trace("d", "r", "v", ok, "" if ok else "no_reflection")
-    return RewardRecord("", "", trace, r, r, reward, (card, card) if ok else (), prompt_id, 0)
+    return RewardRecord("", "", trace, r, r, reward, r, reward, (card, card) if ok else (), prompt_id, 0)
 
 
 def test_saturated_questions_are_those_all_agree_on():

@@ -125,6 +125,28 @@ def test_fewer_benign_prompts_are_said():
     assert note.startswith("60 benign prompts are fewer than the preset wants: benign ")
 
 
+def test_settings_that_are_seldom_meant_are_said_before_anything_runs(tmp_path):
+    question = "{name: a, questions: [{id: x, kind: graded, text: 'Is it kind?'}]}"
+    (tmp_path / "mine.yaml").write_text(f"name: mine\ncap: ''\nprinciples: [{{name: p, dimensions: [{question}]}}]\n")
+    mine = TINY.replace(rubric=str(tmp_path / "mine.yaml"))
+    cut, other = make_plan(mine).notes
+    assert cut.startswith("3 dimensions per principle of the rubric are used") and "taught on another rubric" in other
+    assert make_plan(mine.replace(dimensions=0)).notes == (other,)
+    assert make_plan(mine.replace(dimensions=0, judge="self")).notes == ()
+    fast, slow = make_plan(TINY.replace(lr=1e-6, sft_lr=0.5)).notes
+    assert slow.startswith("lr 1e-06 is for full fine-tuning") and fast.startswith("sft_lr 0.5 is outside")
+
+
+def test_memory_that_runs_out_is_one_line(tmp_path):
+    import torch
+
+    with pytest.raises(pipeline.Stopped) as stop, pipeline._stage("start", pipeline.Folder(tmp_path)):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    assert str(stop.value).startswith("stopped in stage start: memory ran out: give another --out with a lower ")
+    with pytest.raises(ZeroDivisionError), pipeline._stage("start", pipeline.Folder(tmp_path)):
+        raise ZeroDivisionError
+
+
 @pytest.mark.parametrize("until", ["grop", "end", "Start"])
 def test_a_misspelt_stage_leaves_no_folder(until, tmp_path):
     said = message(pipeline.run, TINY, tmp_path / "x", until=until)

@@ -295,6 +295,37 @@ def test_metrics_against_records():
     assert set(f.last[0].to_dict()) == names and batch_metrics(f.last) == numbers
 
 
+class Doubter(RandomJudge):
+    "The same labels for every response, less sure of some: probabilities from the text."
+
+    def card(self, prompt, response):
+        sure = 0.6 + 0.4 * random.Random(response).random()
+        best = {"gate": ("TRUE", "FALSE"), "graded": ("A", "F")}
+        pairs = [(q.id, *best[q.kind]) for q in RUBRIC.questions]
+        said = tuple(Verdict(i, good, {good: sure, bad: 1 - sure}) for i, good, bad in pairs)
+        return Scorecard(prompt, response, said, pool(RUBRIC, said, self.scores), tokens=7, seconds=0.25)
+
+
+def test_a_group_that_differs_in_doubt_alone_is_flat():
+    prompts, texts = batch(1)
+    hard, expected = RubricReward(Doubter(), TINY), RubricReward(Doubter("expected"), TINY.replace(scores="expected"))
+    assert set(hard(prompts, texts)) == {2.0} and len(set(expected(prompts, texts))) == 4
+    assert [r.hard_reward for r in expected.last] == [2.0] * 4 == [r.hard_reward for r in hard.last]
+    numbers = expected.metrics()
+    assert (numbers["all_good"], numbers["all_bad"]) == (1, 0) and numbers["reward_std"] > 0
+
+
+def test_the_hard_reward_is_what_hard_scores_pay():
+    prompts, texts = batch(broken=(0, 3), mute=(5,))
+    hard, expected = (
+        RubricReward(RandomJudge(), TINY),
+        RubricReward(RandomJudge("expected"), TINY.replace(scores="expected")),
+    )
+    assert hard(prompts, texts, fill=False) == [r.hard_reward for r in hard.last]
+    assert expected(prompts, texts, fill=False) != [r.hard_reward for r in expected.last]
+    assert [r.hard_reward for r in expected.last] == [r.hard_reward for r in hard.last]
+
+
 def test_metrics_of_nothing():
     f = RubricReward(RandomJudge(), TINY)
     assert f([], []) == [] and f.metrics()["reward"] is None and f.metrics()["all_good"] is None

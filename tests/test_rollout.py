@@ -607,6 +607,15 @@ def test_a_nucleus_is_refused_where_another_program_samples(kind, monkeypatch):
     room.check_rollout(TINY.replace(rollout="hf", top_p=0.9))
 
 
+def test_one_process_alone_can_hold_vllm(monkeypatch):
+    monkeypatch.setattr(room.util, "find_spec", lambda name: SimpleNamespace())
+    room.check_rollout(TINY.replace(rollout="vllm"))
+    monkeypatch.setattr(room, "world_size", lambda: 2)
+    with pytest.raises(UserError, match="rollout vllm is for one process: with several use rollout hf, or a server"):
+        room.check_rollout(TINY.replace(rollout="vllm"))
+    room.check_rollout(TINY.replace(rollout="hf"))
+
+
 @pytest.mark.parametrize(("quantization", "precision"), [("fp32", "fp32"), ("none", "none")])
 def test_vllm_serves_the_trainers_precision(quantization, precision, monkeypatch):
     told = []
