@@ -1428,6 +1428,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'qalign.study._shared': ('study.html#_shared', 'qalign/study.py'),
                               'qalign.study._shown': ('study.html#_shown', 'qalign/study.py'),
                               'qalign.study._sweep': ('study.html#_sweep', 'qalign/study.py'),
+                              'qalign.study._value': ('study.html#_value', 'qalign/study.py'),
                               'qalign.study._values': ('study.html#_values', 'qalign/study.py'),
                               'qalign.study.before_after': ('study.html#before_after', 'qalign/study.py'),
                               'qalign.study.curve_figure': ('study.html#curve_figure', 'qalign/study.py'),

@@ -30,7 +30,7 @@ from .evaluate import summarize
 from .prompts import load_prompts
 from .reward import final_reward, group_advantages
 from .rollout import _where
-from .stats import holm, paired_bootstrap
+from .stats import holm, paired_bootstrap, rate_difference
 from .trace import parse_trace
 
 # %% ../nbs/17a_study.ipynb #9dc5bd56
@@ -508,13 +508,13 @@ def _count(n: int, what: str) -> str:
 
 
 def _headline(values: Mapping[Any, Sequence[Mapping[str, Any]]], span: int) -> str:
-    "What becomes of the drafts, in one line: seeds count alike."
+    "What becomes of the drafts, in two lines: seeds count alike."
     moves = []
     for value, rows in values.items():
         ends = [[_mean(_known(seed, "r1")) for seed in _by(part, "seed").values()] for part in _ends(rows, span)]
         first, last = (_mean([m for m in means if m is not None]) for means in ends)
         moves.append(f"{_shown(value)}: {_num(first)} → {_num(last)}")
-    return f"R1 of drafts, first {span} steps → last {span}:  " + "   ".join(moves)
+    return f"R1 of drafts (no form: −1), first {span} steps → last {span}\n" + "     ".join(moves)
 
 
 def _lines(ax: Any, rows: Sequence[Mapping[str, Any]], key: str, color: str, label: str) -> None:
@@ -556,12 +556,19 @@ def curve_figure(
 
 # %% ../nbs/17a_study.ipynb #b1da7d44
 _Held = dict[tuple[str, int, str, int], float | None]  # (set, seed, prompt id, trial) -> value
+_RATES = ("refusal", "form")  # yes or no
+
+
+def _value(row: Mapping[str, Any], metric: str) -> float | None:
+    "A metric of a held-out row; what has no form has no draft and no revision."
+    found = row["ok"] if metric == "form" else None if metric in ("r1", "r2") and not row["ok"] else row[metric]
+    return None if found is None else float(found)
 
 
 def _held_out(cells: Sequence[Mapping[str, Any]], model: str, metric: str) -> _Held:
     "What one model has in some cells."
     return {
-        (r["set"], c["about"]["seed"], r["prompt_id"], r["trial"]): None if r[metric] is None else float(r[metric])
+        (r["set"], c["about"]["seed"], r["prompt_id"], r["trial"]): _value(r, metric)
         for c in cells
         for r in c["heldout"]
         if r["model"] == model
@@ -576,7 +583,12 @@ def _paired(head: Mapping[str, Any], a: _Held, b: _Held) -> Iterator[dict[str, A
         if len(set(prompts)) < 2:
             continue
         before, after = [x for _, x, _ in pairs], [y for _, _, y in pairs]
-        d = paired_bootstrap(before, after, prompts)
+        rates = head.get("metric") in _RATES
+        d = (
+            rate_difference([bool(x) for x in before], [bool(y) for y in after], prompts)
+            if rates
+            else paired_bootstrap(before, after, prompts)
+        )
         seeds = _by([{"seed": k[1], "difference": y - x} for k, x, y in pairs], "seed")
         yield {
             **{"set": name, **head, "before": _mean(before), "after": _mean(after)},
@@ -598,7 +610,7 @@ def before_after(
     "Paired differences on held-out prompts in finished cells: grpo against sft, start, and the first value."
     plan, cells = study["plan"], _finished(study)
     rows: list[dict[str, Any]] = []
-    for metric in _HELD:
+    for metric in (*_HELD, "form"):
         trained = {v: _held_out(cells[v], "grpo", metric) for v in cells}
         first = next(iter(trained))
         for v, after in trained.items():
@@ -733,7 +745,7 @@ def study_findings(
             lines.append(
                 f"{plan['key']} {_shown(r['value'])}, held-out {r['metric']} against {r['against']}: "
                 f"{_num(r['difference'])} [{_num(r['low'])}, {_num(r['high'])}], "
-                + ("differs" if sure else "no difference can be told")
+                + ("differs for these seeds" if sure else "no difference can be told")
                 + f" ({_each({s: _num(d) for s, d in r['by_seed'].items()})})"
             )
     return lines

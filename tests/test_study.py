@@ -511,6 +511,7 @@ def test_a_shared_cell_is_the_run_it_would_be_on_its_own(micro, transcripts, tmp
 def test_no_stage_before_grpo_reads_a_setting_of_grpo(micro, tmp_path, monkeypatch):
     read: set[str] = set()
     monkeypatch.setattr(pipeline, "check_grpo", lambda settings, prompts: None)  # decides nothing
+    monkeypatch.setattr(pipeline, "_doubts", lambda settings: [])  # says it, decides nothing
 
     class Watched(Settings):
         def __getattribute__(self, name):
@@ -580,7 +581,7 @@ def test_the_figure_is_small_and_has_a_line_per_value_and_seed(finished):
 
 def test_differences_on_held_out_prompts_by_hand(finished):
     rows = before_after(read_study(finished))
-    assert len(rows) == 2 * (3 * (2 * 2 + 2 * 1) + 2 * 4)
+    assert len(rows) == 2 * (3 * (2 * 2 + 3 * 1) + 2 * 5)
     assert {r["against"] for r in rows if r["metric"] in ("r1", "r2")} == {"sft", "alpha 0"}
     gain = [r for r in rows if r["metric"] == "r_answer" and r["against"] in ("sft", "start")]
     assert all(math.isclose(r["difference"], 0.3) and r["low"] == pytest.approx(r["high"]) for r in gain)
@@ -593,6 +594,21 @@ def test_differences_on_held_out_prompts_by_hand(finished):
         for s in (0, 1)
     ]
     assert one["prompts"] == len(ids[0] | ids[1]) and len(ids[0]) == 6
+
+
+def test_without_form_there_is_no_draft_to_compare():
+    row = {"ok": False, "r1": -1.0, "r2": -1.0, "r_answer": 0.2, "refusal": True}
+    told = [study._value(row, m) for m in ("r1", "r2", "r_answer", "refusal", "form")]
+    assert told == [None, None, 0.2, 1.0, 0.0] and study._value({**row, "ok": True}, "r1") == -1.0
+    assert study._value({**row, "ok": True}, "form") == 1.0
+    assert study._value({**row, "refusal": None}, "refusal") is None
+
+
+def test_a_rate_that_nobody_changed_is_not_certain():
+    same = {("harmful", 0, f"p{i}", 0): 0.0 for i in range(20)}
+    [rate] = study._paired({"metric": "refusal"}, same, same)
+    [score] = study._paired({"metric": "r1"}, same, same)
+    assert rate["low"] < 0 < rate["high"] and score["low"] == score["high"] == rate["difference"] == 0
 
 
 def test_rows_of_a_prompt_are_drawn_together():
@@ -919,7 +935,8 @@ def test_findings_name_every_value_and_what_is_not_finished(record):
     assert lines[:2] == ["6 of 6 cells are finished", "machines: toy: 6 cells"]
     assert [line.split(",")[0] for line in lines[2:5]] == ["alpha 0", "alpha 2", "alpha 10"]
     assert all("lower in 2 of 2 seeds; seed 0: " in line and "seed 1: " in line for line in lines[2:5])
-    assert any("held-out r_answer against sft: 0.30 [0.30, 0.30], differs (seed 0: 0.30, " in line for line in lines)
+    told = "held-out r_answer against sft: 0.30 [0.30, 0.30], differs for these seeds (seed 0: 0.30, "
+    assert any(told in line for line in lines)
     assert any("held-out r1 against alpha 0: 0.00 [0.00, 0.00], no difference can be told" in line for line in lines)
 
 
