@@ -589,15 +589,15 @@ def _evaluate(z: _Shape) -> list[_Term]:
     read = z.layer(a, prompt, 0).forward + 2 * z.x(a, prompt) + a * prompt**2
     write = z.layer(a, 1, prompt + answer - 1).forward
     moments = [
-        (read, prompt, "layer(a, P) + 2 x(a, P) + a P^2"),
-        (write, prompt + answer, "layer(a, 1) on the full cache"),
-        (22 * a * z.vocab, prompt + answer, "22 a V"),
+        (read, prompt, "P", "layer(a, P) + 2 x(a, P) + a P^2"),
+        (write, prompt + answer, "(P + E)", "layer(a, 1) on the full cache"),
+        (22 * a * z.vocab, prompt + answer, "(P + E)", "22 a V"),
     ]
-    work, held, formula = max(moments, key=lambda m: m[0] + z.layers * z.kv * a * m[1])
+    work, held, length, formula = max(moments, key=lambda m: m[0] + z.layers * z.kv * a * m[1])
     return [
         *_weights(z),
         _Term("adapter", 4 * z.p, "4 p", "counted"),
-        _Term("key-value cache", z.layers * z.kv * a * held, "2 w L k d a (P + E)", "counted"),
+        _Term("key-value cache", z.layers * z.kv * a * held, f"2 w L k d a {length}", "counted"),
         _Term("working set", work, formula, "traced"),
     ]
 

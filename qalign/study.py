@@ -561,7 +561,9 @@ _RATES = ("refusal", "form")  # yes or no
 
 def _value(row: Mapping[str, Any], metric: str) -> float | None:
     "A metric of a held-out row; what has no form has no draft and no revision."
-    found = row["ok"] if metric == "form" else None if metric in ("r1", "r2") and not row["ok"] else row[metric]
+    if metric in ("r1", "r2") and not row["ok"]:
+        return None
+    found = row["ok" if metric == "form" else metric]
     return None if found is None else float(found)
 
 
@@ -583,12 +585,8 @@ def _paired(head: Mapping[str, Any], a: _Held, b: _Held) -> Iterator[dict[str, A
         if len(set(prompts)) < 2:
             continue
         before, after = [x for _, x, _ in pairs], [y for _, _, y in pairs]
-        rates = head.get("metric") in _RATES
-        d = (
-            rate_difference([bool(x) for x in before], [bool(y) for y in after], prompts)
-            if rates
-            else paired_bootstrap(before, after, prompts)
-        )
+        compare: Any = rate_difference if head.get("metric") in _RATES else paired_bootstrap
+        d = compare(before, after, prompts)
         seeds = _by([{"seed": k[1], "difference": y - x} for k, x, y in pairs], "seed")
         yield {
             **{"set": name, **head, "before": _mean(before), "after": _mean(after)},

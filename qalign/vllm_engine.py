@@ -22,6 +22,7 @@ from qalign.engine import (
     EngineError,
     Segment,
     Usage,
+    _dated,
     _revision,
     embedded_model,
     frame_of,
@@ -184,6 +185,7 @@ def load_vllm(
         raise UserError(f"vLLM cannot load {name!r}: {' '.join(str(e).split())[:160]}") from None
     if tokenizer.chat_template is None:
         raise UserError(f"model {name!r} has no chat template: choose an instruct or chat model")
+    tokenizer.chat_template = _dated(tokenizer.chat_template)
     return VLLMEngine(llm, tokenizer, spec)
 
 # %% ../nbs/03b_vllm.ipynb #1db5e269
