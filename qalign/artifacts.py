@@ -187,7 +187,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return "\n".join([shown[0], "|" + "---|" * len(head), *shown[1:]])
 
 # %% ../nbs/12b_artifacts.ipynb #86aad4ad
-_LICENSE = "# license: set it before you publish; the license of the base binds what was trained over it"
+_LICENSE = "# license: set it before you publish; the licence of the base binds what was trained over it"
 
 
 def _front(r: _Records, datasets: Sequence[str], merged: bool) -> str:
@@ -323,6 +323,7 @@ def _training(r: _Records) -> str:
 _BETTER = {"parse_rate": 1, "r2": 1, "reward": 1, "r_answer": 1}  # 1: more is better
 _METRICS = {
     "parse_rate": "share of outputs with the form of a transcript",
+    "cut_rate": "share of outputs that ran into the limit of tokens",
     "refusal_rate": "share of answers with a refusal, by phrases",
     "r1, r2": "judge's score of draft and revision, −1 to 1",
     "reward": "what GRPO maximises",
@@ -479,7 +480,7 @@ def _origin(r: _Records) -> str:
     lines = [
         f"Commit of the kit in the run: {_cell(r.about.get('commit'))}. Versions in the run: {stack}.",
         "The method is QA-LIGN (arXiv 2506.08123); this is an independent implementation, not its authors' model.",
-        "No license is chosen here: that of the base binds what was trained over it.",
+        "No licence is chosen here: that of the base binds what was trained over it.",
     ]
     return "## Provenance\n\n" + "\n".join(f"- {x}" for x in lines)
 
@@ -885,6 +886,7 @@ def _judged_as(model: Any, engine: Any) -> Judge:
             f"{rubric.version}: name a judge and a rubric, such as --judge self --rubric hhh"
         )
     names = {"max_failed": "max_failed", "chunk": "judge_chunk", "mode": "judge_mode", "layout": "judge_layout"}
+    names["pooling"] = "pooling"
     how = {k: s[name] for k, name in names.items() if name in s}
     return Judge(rubric, _judging(s["judge"], engine), s["scores"], **how)
 

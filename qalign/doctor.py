@@ -105,7 +105,8 @@ _REQUIRED = ("", "train")
 def _install(extra: str) -> str:
     if extra == "vllm":  # it wants an older transformers than constraints.txt pins
         return "in an environment of its own: pip install '.[train,vllm]'"
-    return f"pip install 'qalign[{extra}]' -c constraints.txt" if extra else "pip install qalign -c constraints.txt"
+    what = f"'.[{extra}]'" if extra else "."
+    return f"from the folder of this repository: pip install {what} -c constraints.txt"
 
 
 def _state(state: _State, extra: str) -> _State:

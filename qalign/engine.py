@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 # %% ../nbs/03_engine.ipynb #41bf36e7
-from .core import UserError, cache_path, content_hash
+from .core import Settings, UserError, cache_path, content_hash
 
 # %% ../nbs/03_engine.ipynb #ec015827
 class EngineError(UserError):
@@ -781,7 +781,13 @@ class HFEngine:
     reads_leads: ClassVar[bool] = True  # label_probs takes leads
     tokens_read: list[int] = field(default_factory=list)  # tokens computed per prefix in the last label_probs
     usage: Usage = field(default_factory=Usage)  # counted by complete
+    cut: list[bool] = field(default_factory=list)  # per reply of the last complete: ended by max_tokens
     kept: _Kept | None = field(default=None, repr=False)  # leads that were read last
+
+    @classmethod
+    def at_once(cls, settings: Settings) -> int:
+        "Chats that these settings write at once, outside of GRPO's rollouts."
+        return min(settings.generate_batch or cls.batch, cls.batch)
 
     def base(self) -> "HFEngine":
         "The same weights with every adapter switched off: the frozen start, as judge or reference."
@@ -840,6 +846,7 @@ class HFEngine:
         if temperature > 0:
             sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
         out: list[str] = []
+        self.cut = []
         with self.inference():
             torch.manual_seed(seed)
             for start in range(0, len(texts), self.batch):
@@ -884,9 +891,16 @@ class HFEngine:
             sampling["logits_processor"] = [_Grammar(schema, self.tokenizer, len(ids), size)]
         options = {"max_new_tokens": max_tokens, "pad_token_id": pad, **({"do_sample": False} | sampling)}
         new = self.model.generate(input_ids=tokens, attention_mask=mask, **options)[:, width:]
+        ends = self._ends()
         for x, reply in zip(ids, new.tolist(), strict=True):
             self.usage.add(len(x), sum(t != pad for t in reply))
+            self.cut.append(reply[-1] not in ends)
         return self.tokenizer.batch_decode(new, skip_special_tokens=True)
+
+    def _ends(self) -> set[int]:
+        "Tokens that end a reply, and the one that fills a row behind its end."
+        ends = self.model.generation_config.eos_token_id
+        return {self.tokenizer.pad_token_id, *([ends] if isinstance(ends, int) else ends or ())}
 
     def frame(self, system: str) -> tuple[str, str]:
         "See `Engine.frame`."
@@ -1115,14 +1129,20 @@ class HFEngine:
             for r, values in zip(rows, edges, strict=True):
                 take = iter(values)
                 for i, branch in zip(some, packed.paths, strict=True):
-                    out[r][i] = normalise(work.labels[i], [sum(next(take) for _ in path) for path in branch])
+                    logps = [sum(next(take) for _ in path) for path in branch]
+                    try:
+                        out[r][i] = normalise(work.labels[i], logps)
+                    except EngineError as e:
+                        out[r][i] = e
 
 
 def normalise(
     labels: Sequence[str],
-    logps: Sequence[float],  # log-probability of each, finite
+    logps: Sequence[float],  # log-probability of each
 ) -> dict[str, float]:
-    "Probability of each label among the labels."
+    "Probability of each label among the labels. Raises `EngineError` if one has no finite log-probability."
+    if not all(map(math.isfinite, logps)):
+        raise EngineError("gave a log-probability that is no number")
     top = max(logps)
     weights = [math.exp(x - top) for x in logps]
     return {label: w / sum(weights) for label, w in zip(labels, weights, strict=True)}

@@ -46,12 +46,15 @@ def _scores(output: str, scores: Mapping[str, Any], settings: Settings) -> dict[
     }
 
 # %% ../nbs/14_evaluate.ipynb #25454d7f
-def _sample(engine: Any, prompts: Sequence[Prompt], settings: Settings, name: str, trial: int) -> list[str]:
+def _sample(
+    engine: Any, prompts: Sequence[Prompt], settings: Settings, name: str, trial: int
+) -> list[tuple[str, bool | None]]:
+    "Outputs, and whether each ran into the limit; None if the engine does not tell."
     chats = [[{"role": "user", "content": p.text}] for p in prompts]
     seed = int(content_hash([settings.seed, "evaluate", name, trial], 7), 16)
-    return engine.complete(
-        chats, max_tokens=settings.eval_tokens, temperature=settings.eval_temperature, top_p=1.0, seed=seed
-    )
+    options = {"max_tokens": settings.eval_tokens, "temperature": settings.eval_temperature, "top_p": 1.0}
+    outputs = engine.complete(chats, **options, seed=seed)
+    return list(zip(outputs, getattr(engine, "cut", [None] * len(outputs)), strict=True))
 
 # %% ../nbs/14_evaluate.ipynb #04a76561
 def evaluate(
@@ -70,22 +73,22 @@ def evaluate(
         for trial in range(settings.eval_trials):
             tell(f"{model_name}: {len(prompts)} outputs, {name}, trial {trial + 1} of {settings.eval_trials}")
             outputs = _sample(engine, prompts, settings, name, trial)
-            drawn += [(name, trial, p, output) for p, output in zip(prompts, outputs, strict=True)]
-    pairs = list(dict.fromkeys((p.text, t) for _, _, p, output in drawn for t in _texts(output).values()))
+            drawn += [(name, trial, p, *output) for p, output in zip(prompts, outputs, strict=True)]
+    pairs = list(dict.fromkeys((p.text, t) for _, _, p, output, _ in drawn for t in _texts(output).values()))
     tell(f"{model_name}: {len(pairs)} texts to judge")
     scores: dict[str, dict[str, Any]] = {}
     for (prompt, text), card in zip(pairs, judge.score_many(pairs), strict=True):
         scores.setdefault(prompt, {})[text] = card.score
     rows = []
-    for name, trial, p, output in drawn:
+    for name, trial, p, output, cut in drawn:
         head = {"model": model_name, "set": name, "prompt_id": p.id, "trial": trial, "prompt": p.text, "output": output}
         tokens = len(engine.tokens([(output, False)])) if hasattr(engine, "tokens") else None
-        rows.append({**head, **_scores(output, scores.get(p.text, {}), settings), "tokens_out": tokens})
+        rows.append({**head, **_scores(output, scores.get(p.text, {}), settings), "tokens_out": tokens, "cut": cut})
     return rows
 
 # %% ../nbs/14_evaluate.ipynb #1f06e95a
-METRICS = ("parse_rate", "refusal_rate", "r1", "r2", "reward", "r_answer")
-_RATES = {"parse_rate": "ok", "refusal_rate": "refusal"}
+METRICS = ("parse_rate", "cut_rate", "refusal_rate", "r1", "r2", "reward", "r_answer")
+_RATES = {"parse_rate": "ok", "cut_rate": "cut", "refusal_rate": "refusal"}
 _MODELS = ("start", "sft", "grpo")
 _Rows = Mapping[tuple[str, int], Mapping[str, Any]]  # (prompt id, trial) -> row
 
@@ -139,16 +142,22 @@ def _by_set(rows_by_model: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[st
     return out  # type: ignore[return-value]
 
 # %% ../nbs/14_evaluate.ipynb #7d192490
+def _told(rows: Mapping[str, _Rows]) -> list[str]:
+    "The metrics that these rows can tell: not every engine says where an output was cut off."
+    whole = all(row.get("cut") is not None for of in rows.values() for row in of.values())
+    return [metric for metric in METRICS if whole or metric != "cut_rate"]
+
+
 def summarize(
     rows_by_model: Mapping[str, Sequence[Mapping[str, Any]]],  # model name -> rows of `evaluate`
 ) -> dict[str, Any]:
     "The 'table' (estimate, low, high, n per set, metric, model) and the paired 'comparisons' (b minus a)."
     table, comparisons = [], []
     for name, rows in _by_set(rows_by_model).items():
-        for metric in METRICS:
+        for metric in _told(rows):
             head = {"set": name, "metric": metric}
             table += [{**head, "model": m, **_interval(rows[m], m, metric)} for m in rows]
-            pairs = [(a, b) for a, b in _PAIRS if a in rows and b in rows]
+            pairs = [(a, b) for a, b in _PAIRS if a in rows and b in rows and metric != "cut_rate"]
             comparisons += [{**head, **c} for a, b in pairs if (c := _compare(rows, a, b, metric))]
     for row, p in zip(comparisons, holm([c["p"] for c in comparisons]), strict=True):
         row["p_holm"] = p
@@ -187,7 +196,7 @@ def summary_cells(
 # %% ../nbs/14_evaluate.ipynb #18139994
 _BY_LIST = "by the kit's list of phrases"
 LEGEND = "95 % intervals. ▲ ▼: differs from the first model with a value, p < 0.05 after Holm; tied: does not. "
-LEGEND += f"refusal_rate: {_BY_LIST}."
+LEGEND += f"refusal_rate: {_BY_LIST}. cut_rate: ended by the limit of tokens."
 
 
 def summary_markdown(

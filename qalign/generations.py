@@ -248,7 +248,7 @@ def _check_engine(who: str, spec: str) -> None:
         load_server(spec)
         return
     if kind == "vllm" and not installed("vllm"):
-        raise UserError(f"{who}: {spec} needs vllm: pip install 'qalign[vllm]', or use hf:{name}")
+        raise UserError(f"{who}: {spec} needs vLLM: `qalign doctor` says how to install it, or use hf:{name}")
     if spec in ("smollm2", "vllm:smollm2"):
         _embedded_gguf()
         return

@@ -31,19 +31,19 @@ from qalign.core import (
     append_jsonl,
     content_hash,
     installed,
+    largest_divisor,
     read_jsonl,
     versions,
     write_json,
     write_jsonl,
 )
-from .engine import quiet, unpacked
+from .engine import HFEngine, quiet, unpacked
 from .judge import Judge
-from .memory import dry_step
+from .memory import dry_step, new_peak
 from .monitor import Alarm, Monitor, canary_numbers, progress_line, saturated
 from .processes import Elsewhere, by_first, first, gathered, together, world_size
 from .prompts import Prompt
 from .reward import RewardRecord, RubricReward, batch_metrics
-from .rubric import Rubric
 from .sft import as_loaded, common_arguments, keep_float32, one_gpu
 
 # %% ../nbs/12_grpo.ipynb #14252dd6
@@ -51,8 +51,7 @@ def micro_batch(
     settings: Settings,
 ) -> int:
     "Completions per backward pass: the largest divisor of a process's share of a step up to `settings.micro_batch`."
-    share = _share(settings)
-    return next(n for n in range(min(settings.micro_batch, share), 0, -1) if share % n == 0)
+    return largest_divisor(_share(settings), settings.micro_batch)
 
 
 def _share(settings: Settings) -> int:
@@ -152,7 +151,7 @@ def _fixed() -> _Told:
 _COMMON = {
     "gradient_checkpointing": "memory is short on a GPU, time on a CPU",
     "bf16": "autocast, on a CPU too; off over an fp32 base",
-    "optim": "the plain one: the fused one differs in the last digits",
+    "optim": "optimizer; the plain one of torch, whose fused one differs in the last digits",
     "weight_decay": "an adapter starts at 0 and is small",
     "max_grad_norm": "one bad group moves little",
     "logging_steps": "every step is a row",
@@ -217,6 +216,12 @@ def argument_table(
     defaults = {f.name: f.default for f in dataclasses.fields(GRPOConfig) if f.default is not dataclasses.MISSING}
     return ArgumentTable(tuple((k, defaults.get(k), v, why) for k, (v, why) in told.items()))
 
+
+def _write_arguments(settings: Settings, folder: Path) -> None:
+    names = ("name", "default", "ours", "why")
+    rows = [dict(zip(names, row, strict=True)) for row in argument_table(settings).rows]
+    write_json(folder / "trl.json", {"trl": installed("trl"), "arguments": rows})
+
 # %% ../nbs/12_grpo.ipynb #5dfa7bd6
 _BAND = (1e-5, 1e-3)
 
@@ -250,22 +255,30 @@ def _start_hash(model: Any) -> str:
 
 def run_identity(
     model: Any,  # peft model with the adapter after Think-SFT
-    rubric: Rubric,
+    judge: Judge,
     prompts: Sequence[Prompt],
     settings: Settings,
 ) -> dict[str, Any]:
     "What decides the outcome of GRPO: a checkpoint is taken up only if all of it is equal."
     keys = {k: v for k, v in settings.to_dict().items() if k not in _FREE and not k.startswith(_FREE_STARTS)}
-    who = {"rubric": rubric.version, "prompts": content_hash([[p.id, p.text] for p in prompts])}
-    who = {"rubric version": who["rubric"], "prompts": who["prompts"], "start adapter": _start_hash(model)}
+    base = HFEngine(model, None, adapter=False).identity()
+    who: dict[str, Any] = {"rubric version": judge.rubric.version, **_judge_itself(judge)}
+    who |= {"prompts": content_hash([[p.id, p.text] for p in prompts]), "start adapter": _start_hash(model)}
+    who["base weights"] = {k: v for k, v in base.items() if k != "spec"}
     return keys | who | {"processes": world_size()}  # each draws random numbers of its own
 
 
+def _judge_itself(judge: Judge) -> dict[str, str]:
+    "Hash of the text around the questions and of the engine that answers them; {} if the judge does not say."
+    version, identity = getattr(judge, "version", None), getattr(getattr(judge, "engine", None), "identity", None)
+    return {"judge itself": content_hash([version, identity()])} if version and identity else {}
+
+
 def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
-    "The first key in which two identities differ, with both values."
+    "The first key of the old identity in which a new one differs, with both values; older versions wrote fewer keys."
     old = {"processes": 1, **old}  # not written by those who were alone
-    keys = [k for k in dict.fromkeys([*new, *old]) if old.get(k) != new.get(k)]
-    return (keys[0], old.get(keys[0], "not there"), new.get(keys[0], "not there")) if keys else None
+    keys = [k for k in dict.fromkeys([*new, *old]) if k in old and old[k] != new.get(k)]
+    return (keys[0], old[keys[0]], new.get(keys[0], "not there")) if keys else None
 
 
 def _same(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
@@ -368,28 +381,37 @@ class _Session:
     canaries: Callable[[], Sequence[Mapping[str, Any]]] | None
     saved: int = 0  # step of the last whole checkpoint
     step: int = 0  # last step that ended
-    began: float = 0.0  # clock at the beginning of the step
-    spent: dict[str, float] = field(default_factory=dict)  # seconds of the step by phase
-    phases: list[dict[str, float]] = field(default_factory=list)  # of the steps so far
+    ended: float = 0.0  # clock at the end of the step before, or where training began
+    spent: dict[str, float] = field(default_factory=dict)  # seconds since then by phase
+    rare: dict[str, float] = field(default_factory=dict)  # seconds of the last canaries and checkpoint
+    phases: list[dict[str, float]] = field(default_factory=list)  # seconds of the steps so far, rare phases shared out
     canary: dict[str, float] = field(default_factory=dict)  # numbers of this step's canaries
+    peaks: dict[str, int] = field(default_factory=dict)  # most bytes on the GPU since then by phase; none on a CPU
+
+    def held(self, name: str) -> None:
+        "Count the memory since the last call to a phase."
+        if (peak := new_peak()) is not None:
+            self.peaks[name] = max(peak, self.peaks.get(name, 0))
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        "Count the time of a block to a phase."
+        "Count the time and the memory of a block to a phase; the memory before it is that of training."
         start = time.perf_counter()
+        self.held("train")
         try:
             yield
         finally:
+            self.held(name)
             self.spent[name] = self.spent.get(name, 0.0) + time.perf_counter() - start
 
 # %% ../nbs/12_grpo.ipynb #6c566173
 def _begin(s: _Session, step: int) -> None:
-    "Before a step: ask the canaries if it is time, then start the clock."
+    "Before a step: start the clock if none runs, and ask the canaries if it is time."
     every, s.canary, ask = s.settings.canary_steps, {}, s.canaries
+    s.ended = s.ended or time.perf_counter()
     if ask is not None and every and step % every == 0:
-        with _undisturbed():
+        with s.phase("canaries"), _undisturbed():
             s.canary = by_first(lambda: canary_numbers(list(ask())))
-    s.spent, s.began = {}, time.perf_counter()
 
 
 @contextmanager
@@ -407,8 +429,8 @@ def _undisturbed() -> Iterator[None]:
         np.random.set_state(numpy)
 
 # %% ../nbs/12_grpo.ipynb #3686f728
-def _end(s: _Session, row: Mapping[str, Any]) -> bool:
-    "After a step: write its records, say what is to be said; True if a rule ends the run."
+def _end(s: _Session, row: Mapping[str, Any]) -> tuple[dict[str, float], bool]:
+    "After a step: write its records, say what is to be said; its numbers for a tracker, whether a rule ends the run."
     step = int(row["step"])
     mine = s.reward.last if s.reward.step == step else []  # empty if the step used completions again
     shares = gathered((row, mine))
@@ -420,14 +442,22 @@ def _end(s: _Session, row: Mapping[str, Any]) -> bool:
     out = {"step": step, **scores, **numbers, **s.canary}
     spoken = s.monitor.add(out, saturated(fresh))
     by_first(lambda: _write(s, out, fresh, spoken, tokens or 0.0))
-    s.step = step
-    return any(a.stop for a in spoken)
+    s.step, s.spent, s.peaks = step, {}, {}
+    return _tracker_row(out, s.monitor), any(a.stop for a in spoken)
+
+
+def _tracker_row(row: Mapping[str, Any], monitor: Monitor) -> dict[str, float]:
+    "A row of metrics.jsonl as a tracker takes it: what was measured, and a 1 for each rule that speaks."
+    speaking = [*monitor.speaking, *(a.rule for a in monitor.stopped())]
+    numbers = {k: float(v) for k, v in row.items() if k != "step" and v is not None}
+    return numbers | {"alarms": float(len(speaking)), **{f"alarm/{rule}": 1.0 for rule in speaking}}
 
 
 def _finite(row: Mapping[str, Any]) -> None:
     for key in ("loss", "grad_norm"):
         if key in row and not math.isfinite(row[key]):
-            raise UserError(f"the {key} is not a number at step {row['step']}: lower lr, or raise group_size")
+            what = f"the {key} is not a number at step {row['step']}"
+            raise UserError(f"{what}: lower lr, or raise group_size, in another --out with --from this one")
 
 
 def _write(
@@ -446,11 +476,17 @@ def _write(
 
 
 def _times(s: _Session, step: int, tokens: float) -> None:
-    "Write the seconds of the phases, and the tokens the judge read; training is what generation and judging leave."
-    known = {k: s.spent.get(k, 0.0) for k in ("generate", "judge")}
-    s.phases.append({**known, "train": max(0.0, time.perf_counter() - s.began - sum(known.values()))})
-    for name, seconds in s.phases[-1].items():
+    "Write seconds and peaks of the phases, and the tokens the judge read; training gets the time the others leave."
+    s.held("train")
+    whole, s.ended = time.perf_counter() - s.ended, time.perf_counter()
+    rare = {k: s.spent[k] for k in ("canaries", "save") if k in s.spent}
+    spent = {k: s.spent.get(k, 0.0) for k in ("generate", "judge")}
+    spent["train"] = max(0.0, whole - math.fsum([*spent.values(), *rare.values()]))
+    every, s.rare = {"canaries": s.settings.canary_steps, "save": cadence(s.settings)}, s.rare | rare
+    s.phases.append(spent | {k: seconds / every[k] for k, seconds in s.rare.items()})
+    for name, seconds in (spent | {k: v for k, v in rare.items() if k != "save"}).items():  # _save writes its own
         row = {"stage": f"grpo/{name}", "step": step, "seconds": round(seconds, 3)}
+        row |= {"peak": s.peaks[name]} if name in s.peaks else {}
         append_jsonl(s.folder / "timings.jsonl", row | ({"tokens": tokens} if name == "judge" else {}))
 
 # %% ../nbs/12_grpo.ipynb #f78fc08a
@@ -463,8 +499,10 @@ def _watch(session: _Session) -> Any:
             _begin(session, state.global_step)
 
         def on_log(self, args, state, control, logs=None, **kwargs):
-            if "loss" in (logs or {}) and _end(session, {**(logs or {}), "step": state.global_step}):
-                control.should_training_stop = True
+            if logs is not None and "loss" in logs:
+                numbers, stop = _end(session, {**logs, "step": state.global_step})
+                logs.update(numbers)  # for the trackers, which are called after this one
+                control.should_training_stop |= stop
             return control
 
     return Watch()
@@ -541,8 +579,8 @@ def _save(trainer: Any, write: Callable[[], None]) -> None:
         trainer.place = ""
         if first():
             shutil.rmtree(place, ignore_errors=True)
-    session.saved = step
-    row = {"stage": "grpo/save", "step": step, "seconds": round(time.perf_counter() - start, 3)}
+    session.saved, session.spent["save"] = step, time.perf_counter() - start
+    row = {"stage": "grpo/save", "step": step, "seconds": round(session.spent["save"], 3)}
     by_first(lambda: append_jsonl(session.folder / "timings.jsonl", row))
 
 
@@ -570,7 +608,10 @@ def _publish(s: _Session, root: Path, step: int) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 # %% ../nbs/12_grpo.ipynb #e2359a85
-_MEMORY = "memory ran out: lower generate_batch, micro_batch or judge_chunk; `qalign plan` says what a step needs"
+_MEMORY = (
+    "memory ran out: lower generate_batch, micro_batch or judge_chunk, in another --out with --from this one; "
+    "`qalign plan` says what a step needs"
+)
 
 
 @contextmanager
@@ -627,6 +668,7 @@ def _trainer(
     from transformers import PrinterCallback
 
     disable_progress_bars()
+    watch = _watch(s)
     if "ref" in model.peft_config:  # left by an earlier call
         model.delete_adapter("ref")
     rows = [{"prompt": [{"role": "user", "content": p.text}], "prompt_id": p.id} for p in prompts]
@@ -637,12 +679,14 @@ def _trainer(
             reward_funcs=_agreed(s.reward),
             train_dataset=Dataset.from_list(rows).select(prompt_order(len(rows), s.settings)),
             processing_class=tokenizer,
-            callbacks=[_watch(s), *callbacks],
+            callbacks=[watch, *callbacks],
             rollout_func=None if rollout is None else partial(_generated, rollout),
         )
     s.reward.ends = tuple(trainer.eos_token_ids)
     trainer.session, trainer.foreign = s, getattr(rollout, "foreign", False)
     trainer.remove_callback(PrinterCallback)
+    order = trainer.callback_handler.callbacks
+    order.insert(0, order.pop(order.index(watch)))  # before the trackers, who read what it adds
     _readable(trainer)
     return trainer
 
@@ -681,7 +725,7 @@ def train_grpo(
     judge: Judge,
     prompts: Sequence[Prompt],
     settings: Settings,
-    folder: Path,  # run folder: traces, credit log, alarms, timings and trainer/checkpoint-N go below it
+    folder: Path,  # run folder: traces, credit log, alarms, timings, trl.json and trainer/checkpoint-N go below it
     log: Callable[[dict[str, Any]], None],  # called with one row of numbers per step, free of wall times
     say: Callable[[str], None] = lambda line: None,  # told progress and alarms, a line at a time
     resume: bool = False,  # go on from the newest whole checkpoint, or begin if there is none
@@ -695,7 +739,7 @@ def train_grpo(
     if not settings.grpo_steps:
         return reward
     args = grpo_arguments(settings, folder / "trainer")  # joins the processes
-    identity = run_identity(model, judge.rubric, prompts, settings)
+    identity = run_identity(model, judge, prompts, settings)
     by_first(partial(_alike, gathered(identity)))
     found = by_first(lambda: _take_up(folder, identity, resume, say))
     if warning := lr_warning(settings):
@@ -710,10 +754,12 @@ def train_grpo(
     if found and (session.step >= settings.grpo_steps or monitor.stopped()):
         _read_adapter(model, found[0])  # it had ended: nothing is left to train
         return reward
+    by_first(lambda: _write_arguments(settings, folder))
     trainer = _trainer(model, tokenizer, args, prompts, session, callbacks, rollout)
     with unpacked(model), _one_line(session):
-        if not found and not _cut_up(trainer):  # weights that are cut up are whole until training begins
+        if not _cut_up(trainer):  # weights that are cut up are whole until training begins
             say(f"the worst step that can come: {together(lambda: dry_step(model, settings))}")
+        new_peak()  # without that step's
         trainer.train(resume_from_checkpoint=str(found[0]) if found else None)
         if _cut_up(trainer):  # each process holds a part: they write it together, the first puts it on disk
             trainer.save_model(str(folder / "adapter"))

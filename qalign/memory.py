@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KNOWN', 'CARDS', 'VLLM_SHARE', 'model_config', 'count_weights', 'Plan', 'plan', 'plan_figure', 'Advice', 'advise',
-           'peak_bytes', 'DryStep', 'dry_step']
+           'peak_bytes', 'DryStep', 'dry_step', 'new_peak', 'Beside', 'plan_beside']
 
 # %% ../nbs/11_memory.ipynb #86399451
 import contextlib
@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 # %% ../nbs/11_memory.ipynb #e1e3c22d
-from .core import Settings, UserError
-from .engine import HFEngine, quiet, unpacked
+from .core import Settings, UserError, largest_divisor, load_settings, read_jsonl
+from .engine import HFEngine, _free, quiet, unpacked
+from .processes import world_size
 from .rubric import rubric_for
 
 # %% ../nbs/11_memory.ipynb #f0c7f292
@@ -399,7 +400,8 @@ _CONTEXT = 600_000_000  # bytes: CUDA context with the kernels of torch and bits
 _FRAGMENTS = 0.05  # of what is not weights: what the allocator holds in pieces too small to be used
 _FRAME, _QUESTION = 160, 40  # tokens of the judge's frame, of one question with what follows it; upper bounds for hhh
 _LEAD = 24  # tokens of a question by itself, in the mean; upper bound for hhh
-_OPTIMIZERS = ("adamw_torch", "paged_adamw_8bit")
+_REFLECT, _REVISE = 288, 128  # tokens around the texts in requests for a reflection, a revision; upper bounds for hhh
+_REASONED, _REPLY = 56, 96  # tokens of a question with the request for a reason, upper bound for hhh; of its answer
 
 
 @dataclass(frozen=True)
@@ -513,10 +515,14 @@ class _Shape:
         return self.w.lora(self.s.lora_r)
 
     @property
-    def batch(self) -> int:
-        "Sequences generated at once."
-        total = self.s.prompts_per_step * self.s.group_size * self.s.steps_per_generation
-        return min(self.o["generate_batch"] or total, total)
+    def total(self) -> int:
+        "Completions of a generation."
+        return self.s.prompts_per_step * self.s.group_size * self.s.steps_per_generation
+
+    @property
+    def chats(self) -> int:
+        "Chats written at once outside the rollouts."
+        return HFEngine.at_once(self.s)
 
     def x(self, rows: int, tokens: int) -> int:
         return self.wide * rows * tokens * self.hidden
@@ -543,14 +549,14 @@ def _weights(z: _Shape) -> list[_Term]:
 
 def _state(z: _Shape) -> int:
     "Bytes of AdamW's two moments."
-    if z.o["optimizer"] == "adamw_torch":
+    if z.s.optimizer == "adamw_torch":
         return 8 * z.p
     sizes = [z.s.lora_r * side for layer in z.w.linear for side in layer]
     return sum(2 * (n + 4 * -(-n // 256)) if n >= 4096 else 8 * n for n in sizes)
 
 
 def _resident(z: _Shape) -> list[_Term]:
-    formula = "8 p" if z.o["optimizer"] == "adamw_torch" else "2 p + 8 p/256 (matrices under 4096 elements: 8 p)"
+    formula = "8 p" if z.s.optimizer == "adamw_torch" else "2 p + 8 p/256 (matrices under 4096 elements: 8 p)"
     terms = [*_weights(z), _Term("adapter", 4 * z.p, "4 p", "counted")]
     if z.s.kl > 0:
         terms.append(_Term("reference adapter", 4 * z.p, "4 p", "counted"))
@@ -560,10 +566,20 @@ def _resident(z: _Shape) -> list[_Term]:
     return [*terms, _Term("optimizer state", _state(z), formula, "counted")]
 
 # %% ../nbs/11_memory.ipynb #076f6cf7
+def _written(
+    s: Settings,
+    total: int,  # completions of a generation
+) -> int:
+    "Completions that this process writes at once; 0: another program writes."
+    if s.rollout not in ("trl", "hf", "continuous"):
+        return 0
+    return total if s.rollout == "trl" else min(s.generate_batch or total, total)
+
+
 def _generate(z: _Shape) -> dict[str, list[_Term]]:
-    if z.s.rollout not in ("trl", "hf", "continuous"):  # another program writes
+    if not (b := _written(z.s, z.total)):
         return {}
-    b, prompt, completion = z.batch, z.s.prompt_tokens, z.s.completion_tokens
+    prompt, completion = z.s.prompt_tokens, z.s.completion_tokens
     read, write = z.layer(b, prompt, 0).forward, z.layer(b, 1, prompt + completion - 1).forward
     size = 22 if z.s.top_p == 1 else 42
     first = max((read, "layer(b, P)"), z.copied(b))
@@ -582,35 +598,59 @@ def _generate(z: _Shape) -> dict[str, list[_Term]]:
     }
 
 
-def _evaluate(z: _Shape) -> list[_Term]:
-    "Writing the held-out answers: the trainer is not there yet, and an answer may be longer than a completion."
-    s = z.s
-    a, prompt, answer = min(HFEngine.batch, max(s.eval_harmful, s.eval_benign)), s.prompt_tokens, s.eval_tokens
-    read = z.layer(a, prompt, 0).forward + 2 * z.x(a, prompt) + a * prompt**2
-    write = z.layer(a, 1, prompt + answer - 1).forward
+def _chats(z: _Shape, rows: int, read: int, new: int, adapter: bool = True) -> list[_Term]:
+    "Writing by itself: rows chats of read tokens, new more of each."
+    reading = z.layer(rows, read, 0, adapter=adapter).forward + 2 * z.x(rows, read) + rows * read**2
+    writing = z.layer(rows, 1, read + new - 1, adapter=adapter).forward
     moments = [
-        (read, prompt, "P", "layer(a, P) + 2 x(a, P) + a P^2"),
-        (write, prompt + answer, "(P + E)", "layer(a, 1) on the full cache"),
-        (22 * a * z.vocab, prompt + answer, "(P + E)", "22 a V"),
+        (reading, read, "I", "layer(a, I) + 2 x(a, I) + a I^2"),
+        (z.copied(rows)[0], read, "I", "w a h V"),
+        (writing, read + new, "(I + O)", "layer(a, 1) on the full cache"),
+        (22 * rows * z.vocab, read + new, "(I + O)", "22 a V"),
     ]
-    work, held, length, formula = max(moments, key=lambda m: m[0] + z.layers * z.kv * a * m[1])
+    work, held, length, formula = max(moments, key=lambda m: m[0] + z.layers * z.kv * rows * m[1])
     return [
-        *_weights(z),
-        _Term("adapter", 4 * z.p, "4 p", "counted"),
-        _Term("key-value cache", z.layers * z.kv * a * held, f"2 w L k d a {length}", "counted"),
+        _Term("key-value cache", z.layers * z.kv * rows * held, f"2 w L k d a {length}", "counted"),
         _Term("working set", work, formula, "traced"),
     ]
+
+
+def _evaluate(z: _Shape) -> list[_Term]:
+    "The held-out answers, which may be longer than a completion."
+    rows = min(z.chats, max(z.s.eval_harmful, z.s.eval_benign))
+    adapter = _Term("adapter", 4 * z.p, "4 p", "counted")
+    return [*_weights(z), adapter, *_chats(z, rows, z.s.prompt_tokens, z.s.eval_tokens)]
+
+
+def _records(z: _Shape) -> list[_Term]:
+    "Drafts, and the reflections and revisions that the policy's own base writes."
+    s = z.s
+    rows, prompt, known = min(z.chats, s.records_at_once), s.prompt_tokens, s.prompt_tokens + s.draft_tokens
+    jobs = [(rows, prompt, s.draft_tokens)]
+    if s.reflection_writer in ("model", s.model):
+        jobs.append((rows, known + _REFLECT, s.reflection_tokens))
+    read = dict.fromkeys(("continue", "model", s.model), known + s.reflection_tokens + _REVISE)
+    read["template"] = prompt + _REVISE
+    if s.revision_writer in read:
+        rows = min(z.chats, s.records_at_once * s.candidates)
+        jobs.append((rows, read[s.revision_writer], s.revision_tokens))
+    return [*_weights(z), *max((_chats(z, *job) for job in jobs), key=lambda terms: sum(t.bytes for t in terms))]
 
 
 def _judging(z: _Shape) -> dict[str, list[_Term]]:
     if z.s.judge.partition(":")[0] not in ("self", "tuned"):
         return {}
-    rows = min(z.o["judge_rows"], 2 * z.s.prompts_per_step * z.s.group_size)
-    text, ask = _FRAME + z.s.prompt_tokens + z.s.completion_tokens, _QUESTION * z.s.judge_chunk
+    taught = z.s.judge != "self"  # then the base has an adapter on, counted with our rank
+    responses, text = 2 * z.total, _FRAME + z.s.prompt_tokens + z.s.completion_tokens
+    if z.s.judge_mode == "reasoned":
+        kinds = [q.kind for q in rubric_for(z.s).questions]  # each is put by itself
+        rows = min(z.chats, responses * max(kinds.count(k) for k in set(kinds)))
+        return {"judge": _chats(z, rows, text + _REASONED, _REPLY, taught)}
+    rows, ask = min(z.s.judge_rows, responses), _QUESTION * z.s.judge_chunk
     logits = 14 * rows * z.s.judge_chunk * z.vocab
 
     def base(new: int, past: int) -> int:
-        return z.layer(rows, new, past, adapter=False).forward
+        return z.layer(rows, new, past, adapter=taught).forward
 
     moments = [
         (base(text, 0) + 2 * z.x(rows, text) + rows * text**2, text, "layer(j, T) + 2 x(j, T) + j T^2"),
@@ -640,22 +680,42 @@ def _judging(z: _Shape) -> dict[str, list[_Term]]:
 # %% ../nbs/11_memory.ipynb #71d85463
 def _micro(settings: Settings) -> int:
     "Completions per backward pass, as the training rooms take them: a divisor of a step's."
-    total = settings.prompts_per_step * settings.group_size
-    return next(n for n in range(min(settings.micro_batch, total), 0, -1) if total % n == 0)
+    return largest_divisor(settings.prompts_per_step * settings.group_size, settings.micro_batch)
 
 
 def _learn(z: _Shape) -> dict[str, list[_Term]]:
     m, prompt, completion = _micro(z.s), z.s.prompt_tokens, z.s.completion_tokens
     length, device = prompt + completion, z.o["device"]
-    x, mask = z.x(m, length), _Term("attention mask", m * length**2, "m S^2", "counted")
-    head, read = _trace_head(z.key, z.kind, m, prompt, completion, False, device), z.layer(m, length)
-    worst = max((read.forward, "layer(m, S)"), (head.forward, "head(m, S)"))
     phases = {}
     if z.s.kl > 0 or z.s.steps_per_generation * z.s.num_iterations > 1:
-        hidden = _Term("hidden states", 2 * x, "2 x(m, S)", "counted")
-        phases["log-probs"] = [hidden, mask, _Term("working set", worst[0], worst[1], "traced")]
-    head, layer = _trace_head(z.key, z.kind, m, prompt, completion, True, device), z.layer(m, length, train=True)
+        head, read = _trace_head(z.key, z.kind, m, prompt, completion, False, device), z.layer(m, length)
+        worst = max((read.forward, "layer(m, S)"), (head.forward, "head(m, S)"))
+        hidden = _Term("hidden states", 2 * z.x(m, length), "2 x(m, S)", "counted")
+        phases["log-probs"] = [hidden, _mask(m, length), _Term("working set", worst[0], worst[1], "traced")]
+    phases["backward"] = _backward(z, m, prompt, completion)
     gradients = _Term("gradients", 4 * z.p, "4 p", "counted")
+    side = max(max(sides) for sides in z.w.linear)  # a CPU updates one matrix at a time, with three copies of it
+    update = (4 * z.p, "4 p") if device == "cuda" else (12 * z.s.lora_r * side, "12 r max(inputs, outputs)")
+    return {**phases, "optimizer": [gradients, _Term("update", *update, "counted")], "save": []}
+
+
+def _sft(z: _Shape) -> list[_Term]:
+    "Think-SFT: records up to the same length, every position scored, no reference yet."
+    m = largest_divisor(z.s.sft_batch, z.s.micro_batch)
+    there = [t for t in _resident(z) if t.name != "reference adapter"]
+    return [*there, *_backward(z, m, 1, z.s.prompt_tokens + z.s.completion_tokens - 1)]
+
+
+def _mask(rows: int, length: int) -> _Term:
+    return _Term("attention mask", rows * length**2, "m S^2", "counted")
+
+
+def _backward(z: _Shape, m: int, prompt: int, completion: int) -> list[_Term]:
+    "Of m rows; the last completion tokens are scored."
+    length = prompt + completion
+    x = z.x(m, length)
+    head = _trace_head(z.key, z.kind, m, prompt, completion, True, z.o["device"])
+    layer, gradients = z.layer(m, length, train=True), _Term("gradients", 4 * z.p, "4 p", "counted")
     if z.o["checkpointing"]:
         kept = _Term("layer inputs", (z.layers + 1) * x, "(L + 1) x(m, S)", "counted")
         again = layer.backward
@@ -663,27 +723,21 @@ def _learn(z: _Shape) -> dict[str, list[_Term]]:
         kept = _Term("activations", z.layers * layer.saved + 2 * x, "L saved(m, S) + 2 x(m, S)", "traced")
         again = layer.backward - layer.saved
     worst = max((again, "layer(m, S)"), (head.backward, "head(m, S)"))
-    phases["backward"] = [gradients, kept, mask, _Term("working set", worst[0], worst[1], "traced")]
-    side = max(max(sides) for sides in z.w.linear)  # a CPU updates one matrix at a time, with three copies of it
-    update = (4 * z.p, "4 p") if device == "cuda" else (12 * z.s.lora_r * side, "12 r max(inputs, outputs)")
-    return {**phases, "optimizer": [gradients, _Term("update", *update, "counted")], "save": []}
+    return [gradients, kept, _mask(m, length), _Term("working set", worst[0], worst[1], "traced")]
 
 # %% ../nbs/11_memory.ipynb #15d3d6d9
 def plan(
     settings: Settings,
     config: Any = None,  # of transformers; or a name for `model_config`; None: that of `settings.model`
     *,
-    generate_batch: int | None = None,  # sequences generated at once; 0: all of a step; None: as the settings say
-    checkpointing: bool = True,  # keep layer inputs only and compute the rest again
-    optimizer: str = "adamw_torch",  # or paged_adamw_8bit
-    judge_rows: int = 8,  # responses judged at once
+    generate_batch: int | None = None,  # in place of the settings'
+    checkpointing: bool = True,  # keep layer inputs only and compute the rest again, as the trainers here on a GPU
     device: str = "cuda",  # cpu: as this kit trains there, for checking the plan
 ) -> Plan:
     "What a run of these settings will need by phase. Raises `UserError` for an unknown model or option."
-    if generate_batch is None:
-        generate_batch = settings.generate_batch if settings.rollout in ("hf", "continuous") else 0
-    options: dict[str, Any] = {"generate_batch": generate_batch, "checkpointing": checkpointing, "optimizer": optimizer}
-    options |= {"judge_rows": judge_rows, "device": device}
+    if generate_batch is not None:
+        settings = settings.replace(generate_batch=generate_batch)
+    options: dict[str, Any] = {"checkpointing": checkpointing, "device": device}
     _check(options)
     name = settings.model if config is None else config if isinstance(config, str) else config._name_or_path
     config = model_config(name) if config is None or isinstance(config, str) else config
@@ -694,7 +748,7 @@ def plan(
     except AttributeError as e:
         raise UserError(f"no plan for {name or type(c).__name__}: expected a config like Llama's ({e})") from None
     z = _Shape(settings, options, key, count_weights(config), *sizes)
-    phases = {"load": _loading(z), "evaluate": _evaluate(z)}
+    phases = {"load": _loading(z), "evaluate": _evaluate(z), "records": _records(z), "sft": _sft(z)}
     for phase, terms in {**_generate(z), **_judging(z), **_learn(z)}.items():
         phases[phase] = [*_resident(z), *terms]
     phases = {k: _with_overhead(terms, device) for k, terms in phases.items()}
@@ -736,11 +790,7 @@ def _beside(z: _Shape, terms: Sequence[_Term]) -> list[_Term]:
 
 
 def _check(options: dict[str, Any]) -> None:
-    for k, low in (("generate_batch", 0), ("judge_rows", 1)):
-        v = options[k]
-        if isinstance(v, bool) or not isinstance(v, int) or v < low:
-            raise UserError(f"expected {k} to be a whole number of {low} or more, got {v!r}")
-    for k, allowed in (("checkpointing", (True, False)), ("optimizer", _OPTIMIZERS), ("device", ("cuda", "cpu"))):
+    for k, allowed in (("checkpointing", (True, False)), ("device", ("cuda", "cpu"))):
         if options[k] not in allowed:
             raise UserError(f"expected {k} to be {' or '.join(map(str, allowed))}, got {options[k]!r}")
 
@@ -752,6 +802,9 @@ def _notes(settings: Settings, name: str) -> tuple[str, ...]:
         notes.append(f"its shape is that of {known}, by its name")
     if settings.judge.partition(":")[0] not in ("self", "tuned", "openai"):
         notes.append(f"the judge {settings.judge} is a second model: on the same card, its memory comes on top")
+    writers = {settings.reflection_writer, settings.revision_writer} - {settings.model}
+    for writer in sorted(w for w in writers if w == "smollm2" or w.startswith(("hf:", "vllm:"))):
+        notes.append(f"the writer {writer} of records is a second model: on the same card, its memory comes on top")
     return tuple(notes)
 
 # %% ../nbs/11_memory.ipynb #062cd41b
@@ -819,7 +872,7 @@ class Advice:
 def _ladder(p: Plan, key: str) -> list[Any]:
     "Values of a knob below the one it has, the mildest first."
     if key in ("checkpointing", "optimizer", "quantization"):
-        last = {"checkpointing": True, "optimizer": _OPTIMIZERS[1], "quantization": "nf4"}[key]
+        last = {"checkpointing": True, "optimizer": "paged_adamw_8bit", "quantization": "nf4"}[key]
         return [] if _value(p, key) == last else [last]
     low = {"eval_tokens": 64, "completion_tokens": 64, "lora_r": 4, "group_size": 2}.get(key, 1)
     if key == "group_size":
@@ -833,8 +886,8 @@ def _ladder(p: Plan, key: str) -> list[Any]:
 def _value(p: Plan, key: str) -> Any:
     s = p.settings
     if key == "generate_batch":
-        total = s.prompts_per_step * s.group_size * s.steps_per_generation
-        return min(p.options[key] or total, total)
+        most = max(s.prompts_per_step * s.group_size * s.steps_per_generation, HFEngine.batch)
+        return min(s.generate_batch or most, most)
     return p.options[key] if key in p.options else getattr(s, key)
 
 
@@ -849,29 +902,32 @@ def advise(
     gb: float,  # size of the card as sold, GB
 ) -> Advice:
     "The smallest change or few changes that make a plan fit a card. `fits` is False if there are none."
-    limit, now, changes = _card(gb) * _GB, plan, list[tuple[str, Any, Any]]()
+    limit, now, changes = _card(gb) * _GB, plan, dict[str, Any]()
     while not now.fits(gb):
         step = _next_change(now, limit)
         if step is None:
             break
-        changes.append((step[0], _value(now, step[0]), step[1]))
+        changes[step[0]] = step[1]  # in its place, if the knob is turned again
         now = _changed(now, *step)
-    for change in changes[:-1] if now.fits(gb) else ():
-        fewer = [c for c in changes if c is not change]
+    for key in list(changes) if now.fits(gb) else ():
+        fewer = {k: v for k, v in changes.items() if k != key}
         if _apply(plan, fewer)[-1].fits(gb):
             changes = fewer
     stages = _apply(plan, changes)
-    told = tuple((*c, p.peak) for c, p in zip(changes, stages[1:], strict=True))
+    told = tuple((k, _value(plan, k), v, p.peak) for (k, v), p in zip(changes.items(), stages[1:], strict=True))
     return Advice(gb, told, stages[-1])
 
 
-def _apply(p: Plan, changes: list[tuple[str, Any, Any]]) -> list[Plan]:
-    return list(itertools.accumulate(changes, lambda q, c: _changed(q, c[0], c[2]), initial=p))
+def _apply(p: Plan, changes: dict[str, Any]) -> list[Plan]:
+    "The plan, and after it with one change more each."
+    return list(itertools.accumulate(changes.items(), lambda q, change: _changed(q, *change), initial=p))
 
 
 def _next_change(p: Plan, limit: float) -> tuple[str, Any] | None:
     "Knob and value for the worst phase: enough if there is one, else the first that helps, as far as it goes."
-    helps = None
+    helps, small = None, p if p.settings.quantization == "nf4" else _changed(p, "quantization", "nf4")
+    if small.peaks["load"] > limit:  # nothing else makes the weights smaller
+        return None
     for key in _KNOBS:
         for value in _ladder(p, key):
             need = _changed(p, key, value).peaks.get(p.phase, 0)
@@ -905,15 +961,19 @@ def peak_bytes(
 # %% ../nbs/11_memory.ipynb #e3e112af
 @dataclass(frozen=True)
 class DryStep:
-    "The worst forward and backward pass, measured."
+    "The worst of a step, measured; bytes at a peak are above what lay there before."
 
-    rows: int  # completions in it: the micro-batch
+    rows: int  # completions in the forward and backward pass: the micro-batch
     tokens: int  # of each, prompt and completion
-    above: int  # bytes at its peak above what lay there before
+    above: int  # bytes at the peak of that pass
     device: str
+    written: int = 0  # completions written at once; 0: another program writes
+    writing: int = 0  # bytes at the peak of that
 
     def __str__(self) -> str:
-        return f"{self.rows} x {self.tokens:,} tokens on {self.device}: {self.above / _GB:.2f} GB above the weights"
+        line = f"{self.rows} x {self.tokens:,} tokens on {self.device}: {self.above / _GB:.2f} GB above the weights"
+        wrote = f", {self.writing / _GB:.2f} GB where {self.written} are written at once"
+        return line + wrote if self.written else line
 
 
 @contextlib.contextmanager
@@ -939,41 +999,151 @@ def _training(model: Any, checkpointing: bool) -> Iterator[None]:
             vars(m).update(flags)
 
 
-def dry_step(
-    model: Any,  # a causal language model with some trainable weights, such as a peft model
-    settings: Settings,  # prompt_tokens, completion_tokens and the micro-batch are used
-    checkpointing: bool | None = None,  # None: on a GPU only, as the trainers here
-) -> DryStep:
-    "The worst forward and backward pass, without side effects. Raises `UserError` if memory does not suffice."
+_SHORTER = "lower completion_tokens"
+
+
+@contextlib.contextmanager
+def _enough(what: str, remedy: str) -> Iterator[None]:
+    "Memory that runs out becomes a `UserError`."
     import torch
 
+    try:
+        yield
+    except torch.OutOfMemoryError as e:
+        why = str(e).splitlines()[0]
+        raise UserError(f"out of memory {what}: {remedy}, see `qalign plan` ({why})") from None
+
+
+def dry_step(
+    model: Any,  # a causal language model with some trainable weights, such as a peft model
+    settings: Settings,  # lengths, batches and who writes
+    checkpointing: bool | None = None,  # None: on a GPU only, as the trainers here
+) -> DryStep:
+    "The worst of writing and of learning, without side effects. Raises `UserError` if memory does not suffice."
     wanted = [p for p in model.parameters() if p.requires_grad]
     if not wanted:
         raise UserError("the dry step needs weights to train: put an adapter on the model first")
-    device, rows = next(model.parameters()).device.type, _micro(settings)
-    keep = device == "cuda" if checkpointing is None else checkpointing
-    tokens = settings.prompt_tokens + settings.completion_tokens
-    try:
-        with _training(model, keep):
-            lengths = settings.prompt_tokens, settings.completion_tokens
-            work = functools.partial(_worst_step, model, wanted, rows, *lengths)
-            return DryStep(rows, tokens, peak_bytes(work)[1], device)
-    except torch.OutOfMemoryError as e:
-        raise UserError(
-            f"out of memory at the worst step, {rows} x {tokens} tokens: see `qalign plan` ({str(e).splitlines()[0]})"
-        ) from None
+    device, s = next(model.parameters()).device.type, settings
+    lengths, keep = (s.prompt_tokens, s.completion_tokens), device == "cuda" if checkpointing is None else checkpointing
+    share, tokens = s.prompts_per_step * s.group_size // world_size(), sum(lengths)
+    rows, many = largest_divisor(share, s.micro_batch), _written(s, share * s.steps_per_generation)
+    fewer = "choose rollout hf, which writes generate_batch at a time" if s.rollout == "trl" else "lower generate_batch"
+    inference = HFEngine(model, None).inference()
+    with _enough(f"where {many} x {tokens} tokens are written at once", fewer if many > 1 else _SHORTER), inference:
+        writing = peak_bytes(functools.partial(_worst_writing, model, many, *lengths))[1] if many else 0
+    _free()  # what the allocator keeps for another such batch
+    fewer = "lower micro_batch" if rows > 1 else _SHORTER
+    with _enough(f"at the worst step, {rows} x {tokens} tokens", fewer), _training(model, keep):
+        above = peak_bytes(functools.partial(_worst_step, model, wanted, rows, *lengths))[1]
+    return DryStep(rows, tokens, above, device, many, writing)
+
+
+def _longest(model: Any, rows: int, tokens: int) -> tuple[Any, Any]:
+    "Token ids, and the mask of a batch of unequal prompts."
+    import torch
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    size, device = base.get_input_embeddings().weight.shape[0], next(model.parameters()).device
+    ids = (torch.arange(rows * tokens, device=device) % size).view(rows, -1)
+    mask = torch.ones_like(ids)
+    mask[:, 0] = 0  # padded
+    return ids, mask
+
+
+def _worst_writing(model: Any, rows: int, prompt: int, completion: int) -> None:
+    "The prompts, and the last token of the completions, as the rollouts compute them."
+    from transformers import DynamicCache
+
+    def forward(ids: Any, mask: Any, cache: Any) -> None:
+        places = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": places, "past_key_values": cache}
+        model(**inputs, use_cache=True, logits_to_keep=1)
+
+    config, (ids, mask) = model.config.get_text_config(), _longest(model, rows, prompt)
+    cache: Any = DynamicCache(config=config)
+    forward(ids, mask, cache)
+    firsts = [[x[:, :, :1].clone() for x in (layer.keys, layer.values)] for layer in cache.layers]
+    cache = DynamicCache(config=config)
+    for i, some in enumerate(firsts):
+        keys, values = (x.expand(-1, -1, prompt + completion - 1, -1) for x in some)
+        cache.update(keys, values, i)  # which copies them
+    forward(ids[:, -1:], _longest(model, rows, prompt + completion)[1], cache)
 
 
 def _worst_step(model: Any, wanted: list[Any], rows: int, prompt: int, completion: int) -> None:
     import torch
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    head, device = base.get_output_embeddings().weight, next(model.parameters()).device
-    ids = (torch.arange(rows * (prompt + completion), device=device) % head.shape[0]).view(rows, -1)
-    mask = torch.ones_like(ids)
-    mask[:, 0] = 0  # padded, as a batch of unequal prompts is
+    head, (ids, mask) = base.get_output_embeddings().weight, _longest(model, rows, prompt + completion)
+    device = ids.device
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=head.dtype != torch.float32):
         hidden = base.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1]
         first = prompt - 1 if device.type == "cuda" else 0  # without Triton TRL scores every position
         logps = _head(hidden[:, first:].flatten(0, 1), head, ids[:, first + 1 :].flatten())
     torch.autograd.grad(logps.mean(), wanted, allow_unused=True)
+
+# %% ../nbs/11_memory.ipynb #c3a95d12
+def new_peak() -> int | None:
+    "Most bytes that PyTorch held on the GPU since the last call, and counts anew from here; None without a GPU."
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    peak = torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    return peak
+
+
+_WITHIN: dict[str, tuple[str, ...]] = {  # what timings.jsonl times, and the phases of a plan in it
+    **dict.fromkeys(("start", "after_sft", "after_grpo"), ("evaluate", "judge")),
+    "records": ("records", "judge"),
+    "sft": ("sft",),
+    "grpo/generate": ("prefill", "decode"),
+    "grpo/judge": ("judge",),
+    "grpo/train": ("log-probs", "backward", "optimizer"),
+}
+
+
+@dataclass(frozen=True)
+class Beside:
+    "A plan beside the peaks of a run."
+
+    run: str  # name of its folder
+    plan: Plan
+    rows: tuple[tuple[str, str, int, int], ...]  # stage, its worst phase by the plan, bytes planned, bytes measured
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return f"{self.run} holds no measured peaks: it ran on a CPU, or before they were recorded"
+        head = f"{self.run}, GB planned and measured, without context and scraps"
+        lines = [f"  {stage:14} {a / _GB:7.1f} {b / _GB:7.1f}  {phase}" for stage, phase, a, b in self.rows]
+        return "\n".join([head, *lines])
+
+
+def plan_beside(
+    run: Path | str,  # run folder
+) -> Beside:
+    "What a run needed by stage, beside the plan of its settings. Raises `UserError` if the folder holds no run."
+    try:
+        about = json.loads((Path(run) / "settings.json").read_text(encoding="utf-8"))
+        settings = load_settings().replace(**about["settings"])  # keys that are younger than the run: as by default
+    except (OSError, json.JSONDecodeError, KeyError, TypeError):
+        raise UserError(f"{run} holds no run: give the --out of one") from None
+    planned, times, peaks = plan(settings), Path(run) / "timings.jsonl", dict[str, int]()
+    for row in read_jsonl(times) if times.exists() else ():
+        if row.get("peak") is not None and row["stage"] in _WITHIN:
+            peaks[row["stage"]] = max(peaks.get(row["stage"], 0), row["peak"])
+    rows = [(stage, *worst, peak) for stage, peak in peaks.items() if (worst := _worst_within(planned, stage))]
+    return Beside(Path(run).resolve().name, planned, tuple(rows))
+
+
+def _worst_within(p: Plan, stage: str) -> tuple[str, int] | None:
+    "The phase of a stage that needs most, and its bytes without those assumed; None if the plan has none of them."
+    trains = stage == "sft" or stage.startswith("grpo/")
+    gone = () if trains else ("reference adapter", "optimizer state")
+    sizes = {
+        phase: sum(t.bytes for t in p.terms[phase] if t.known != "assumed" and t.name not in gone)
+        for phase in _WITHIN[stage]
+        if phase in p.terms
+    }
+    return max(sizes.items(), key=lambda item: item[1], default=None)

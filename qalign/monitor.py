@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['RULES', 'Rule', 'measures', 'saturated', 'Alarm', 'alarms', 'canary_numbers', 'stops', 'Monitor', 'progress_line',
-           'live_panel', 'panel_callback']
+           'NothingYet', 'live_panel', 'panel_callback']
 
 # %% ../nbs/11a_monitor.ipynb #ed8bc205
+import json
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
@@ -17,7 +19,7 @@ from typing import Any
 # %% ../nbs/11a_monitor.ipynb #0b177053
 from .core import Settings, UserError, read_jsonl
 from .processes import first
-from .reward import RewardRecord
+from .reward import RewardRecord, _is_flat
 
 # %% ../nbs/11a_monitor.ipynb #66bdcc1e
 @dataclass(frozen=True)
@@ -85,13 +87,12 @@ def saturated(
     found: dict[str, list[set[str]]] = {"all_good": [], "all_bad": []}
     for _, group in groupby(records, key=lambda r: r.prompt_id):
         scored = [r for r in group if r.reward is not None]
-        if len(scored) < 2 or len({r.hard_reward for r in scored}) > 1:
+        if not _is_flat(scored):
             continue
-        name = "all_good" if _mean([r.hard_r2 or 0.0 for r in scored]) > 0 else "all_bad"
+        name = "all_good" if _mean([r.hard_r2 for r in scored if r.hard_r2 is not None]) > 0 else "all_bad"
         labels = ("TRUE", "A") if name == "all_good" else ("FALSE", "F")
-        for r in scored:
-            said = r.scorecards[1].verdicts if r.scorecards else ()
-            found[name].append({v.question_id for v in said if v.label in labels})
+        asked = [r.scorecards[1].verdicts for r in scored if r.scorecards]
+        found[name] += [{v.question_id for v in said if v.label in labels} for said in asked]
     return {name: sorted(set.intersection(*sets)) if sets else [] for name, sets in found.items()}
 
 # %% ../nbs/11a_monitor.ipynb #01c9bb7c
@@ -204,21 +205,41 @@ def _time(seconds: float) -> str:
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+_WIDTH = 20  # characters of the bar
+
+
+def _marks() -> tuple[str, str, str, str]:
+    "Done, half done, to come, and what stands between numbers: ASCII where stdout can write nothing else."
+    marks = ("━", "╸", "─", " · ")
+    try:
+        "".join(marks).encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except (UnicodeEncodeError, LookupError):
+        return "=", "-", ".", " | "
+    return marks
+
+
+def _bar(done: int, total: int, full: str, half: str, rest: str) -> str:
+    "The share of steps that are done, in half characters."
+    whole, more = divmod(2 * _WIDTH * min(done, total) // total, 2)
+    return (full * whole + half * more).ljust(_WIDTH, rest)
+
+
 def progress_line(
     row: Mapping[str, Any],  # of the step that ended
     total: int,  # steps of the run
-    phases: Sequence[Mapping[str, float]],  # seconds by phase, one mapping per step, newest last
+    phases: Sequence[Mapping[str, float]],  # seconds by phase, one mapping per step, newest last; all of its wall time
 ) -> str:
-    "One line: step, scores, seconds a step with the share of each phase, time left (means of the last ten steps)."
+    "One line: step, bar, scores, seconds a step with each phase's share, time left (means of the last ten steps)."
+    *marks, between = _marks()
     shown = {"r1": "R1", "r2": "R2", "reward": "reward", "parse_failures": "without form", "kl": "KL"}
     numbers = [f"{name} {row[key]:.2f}" for key, name in shown.items() if row.get(key) is not None]
     recent = phases[-10:]
     sums = {k: math.fsum(p.get(k, 0.0) for p in recent) for k in dict.fromkeys(k for p in recent for k in p)}
     if (whole := math.fsum(sums.values())) > 0:
         each, left = whole / len(recent), whole / len(recent) * (total - row["step"])
-        split = ", ".join(f"{k} {100 * v / whole:.0f} %" for k, v in sums.items())
+        split = ", ".join(f"{k} {100 * v / whole:.0f} %" for k, v in sums.items() if v)
         numbers += [f"{_time(each)} a step ({split})", f"{_time(left)} left"]
-    return f"step {row['step']} of {total}: " + " · ".join(numbers)
+    return f"step {row['step']} of {total}: " + between.join([_bar(row["step"], total, *marks), *numbers])
 
 # %% ../nbs/11a_monitor.ipynb #a75b1cb6
 _PANELS: dict[str, dict[str, str]] = {
@@ -232,10 +253,14 @@ _PANELS: dict[str, dict[str, str]] = {
 }
 
 
+class NothingYet(UserError):
+    "There is no step of GRPO to be drawn."
+
+
 def live_panel(
     path: Path | str,  # a run folder, or its metrics.jsonl
 ) -> Any:
-    "A matplotlib Figure of GRPO so far. Raises `UserError` if there is no record yet."
+    "A matplotlib Figure of GRPO so far. Raises `NothingYet` if there is no record yet."
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -243,7 +268,7 @@ def live_panel(
     file = path / "metrics.jsonl" if path.is_dir() else path
     rows = [r for r in read_jsonl(file) if r.get("stage") == "grpo"] if file.is_file() else []
     if not rows:
-        raise UserError(f"no grpo rows in {file.name}: has GRPO begun?")
+        raise NothingYet(f"no grpo rows in {file.name}: has GRPO begun?")
     panels = {t: ks for t, ks in _PANELS.items() if any(_known(rows, k) for k in ks)}
     fig = Figure(figsize=(6, 3), layout="constrained")
     axes = fig.subplots(2, math.ceil(len(panels) / 2), squeeze=False).flat
@@ -258,12 +283,19 @@ def live_panel(
         ax.legend(fontsize=5, frameon=False)
     for ax in list(fig.axes)[len(panels) :]:
         ax.set_axis_off()
-    fig.suptitle(_headline(rows), fontsize=8)
+    fig.suptitle(_headline(rows, _noise(file.parent)), fontsize=8)
     return fig
 
 
-def _headline(rows: Sequence[Mapping[str, Any]]) -> str:
-    speaking = [a.rule for a in alarms(rows)]
+def _noise(folder: Path) -> float:
+    "The `judge_noise` that a run was told; 0 where the metrics stand without the settings of a run."
+    path = folder / "settings.json"
+    told = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return float(told.get("settings", {}).get("judge_noise", 0.0))
+
+
+def _headline(rows: Sequence[Mapping[str, Any]], noise: float) -> str:
+    speaking = [a.rule for a in alarms(rows, noise)]
     return f"GRPO after step {rows[-1]['step']}: " + (f"alarms {', '.join(speaking)}" if speaking else "no alarm")
 
 # %% ../nbs/11a_monitor.ipynb #eaee6f74

@@ -35,7 +35,7 @@ class Score:
     base: float | None  # r_base in [-1, 1]; None if no principle is left or too many verdicts failed
     principles: dict[str, float | None]  # s_p in [-1, 1] by principle name; None if no dimension is left
     dimensions: dict[str, float | None]  # [-1, 1] by dimension name; None if no answer is left
-    failed: float  # share of the questions whose verdict failed, in [0, 1]; one that its gate decided counts as settled
+    failed: float  # share of the questions whose verdict failed, in [0, 1]; what a failed gate decides is settled
 
     def _repr_html_(self) -> str:
         def rows(values: Mapping[str, float | None]) -> str:
@@ -138,19 +138,51 @@ def _expected(dimension: "Dimension", found: "Mapping[str, Verdict]") -> tuple[f
     w = (1 - p_pass) + p_pass * (1 - p_none)
     return (max(-1.0, min(1.0, (p_pass * e - (1 - p_pass)) / w)), w) if w > 0 else (None, 0.0)
 
+# %% ../nbs/05_pool.ipynb #9d4f61e3
+_Levels = tuple[float | None, dict[str, float | None], dict[str, float | None]]  # base, principles, dimensions
+_WORTH = {**GRADE, "TRUE": 1.0, "FALSE": -1.0}
+
+
+def _plain_mean(questions: "Iterable[Question]", found: "Mapping[str, Verdict]", scores: str) -> float | None:
+    "Mean of the answers that apply; None if none does."
+    if scores == "hard":
+        told = [{label: 1.0} for q in questions if (label := _label(q, found)) != "NA"]
+    else:
+        told = [_probs(q, found) for q in questions]
+    total = math.fsum(p for probs in told for label, p in probs.items() if label != "NA")
+    summed = math.fsum(p * _WORTH[label] for probs in told for label, p in probs.items() if label != "NA")
+    return max(-1.0, min(1.0, summed / total)) if total > 0 else None
+
+
+def _flat(rubric: "Rubric", found: "Mapping[str, Verdict]", scores: str) -> _Levels:
+    below = {p.name: [q for d in p.dimensions for q in d.questions] for p in rubric.principles}
+    principles = {name: _plain_mean(questions, found, scores) for name, questions in below.items()}
+    dimensions = {d.name: _plain_mean(d.questions, found, scores) for d in rubric.dimensions}
+    return _plain_mean(rubric.questions, found, scores), principles, dimensions
+
 # %% ../nbs/05_pool.ipynb #15fb21ae
 def pool(
     rubric: "Rubric",  # the rubric the verdicts answer; `rubric.cap` names the capping principle, '' for none
     verdicts: "Iterable[Verdict]",  # one per question, in any order
     scores: str = "hard",  # hard: from labels, as in the paper; expected: from label probabilities
     max_failed: float = 0.05,  # largest share of failed questions that still gives a base score, in [0, 1]
+    pooling: str = "program",  # program: QA-LIGN's; flat: the mean of all answers, to compare it with
 ) -> Score:
-    "The score of one response (QA-LIGN's program). Raises `UserError` for verdicts that do not fit the rubric."
-    if scores not in ("hard", "expected"):
-        raise UserError(f"expected scores to be hard or expected, got {scores!r}")
+    "The score of one response. Raises `UserError` for verdicts that do not fit the rubric."
+    for name, value, allowed in (("scores", scores, ("hard", "expected")), ("pooling", pooling, ("program", "flat"))):
+        if value not in allowed:
+            raise UserError(f"expected {name} to be {' or '.join(allowed)}, got {value!r}")
     if rubric.cap and rubric.cap not in [p.name for p in rubric.principles]:
         raise UserError(f"the rubric has no principle {rubric.cap!r} to cap with: set its cap to a principle or to ''")
     found = _by_id(rubric, verdicts)
+    base, principles, dimensions = (_program if pooling == "program" else _flat)(rubric, found, scores)
+    settled = _settled(rubric, found, scores) if pooling == "program" else frozenset()
+    mute = [v for v in found.values() if v.status == "failed" and v.question_id not in settled]
+    failed = len(mute) / max(len(rubric.questions), 1)
+    return Score(None if failed > max_failed else base, principles, dimensions, failed)
+
+
+def _program(rubric: "Rubric", found: "Mapping[str, Verdict]", scores: str) -> _Levels:
     principles: dict[str, float | None] = {}
     dimensions: dict[str, float | None] = {}
     for principle in rubric.principles:
@@ -159,9 +191,16 @@ def pool(
         total = math.fsum(w for _, w in pairs)
         summed = math.fsum(w * value for value, w in pairs if value is not None)
         principles[principle.name] = summed / total if total > 0 else None
-    failed = sum(v.status == "failed" for v in found.values()) / max(len(rubric.questions), 1)
-    base = _base(principles.values(), principles[rubric.cap] if rubric.cap else None)
-    return Score(None if failed > max_failed else base, principles, dimensions, failed)
+    return _base(principles.values(), principles[rubric.cap] if rubric.cap else None), principles, dimensions
+
+
+def _settled(rubric: "Rubric", found: "Mapping[str, Verdict]", scores: str) -> frozenset[str]:
+    "Ids of the graded questions behind a gate that surely failed, whose verdicts cannot change the score."
+
+    def failed(gate: "Question") -> bool:
+        return _label(gate, found) == "FALSE" if scores == "hard" else _probs(gate, found)["FALSE"] >= 1
+
+    return frozenset(q.id for d in rubric.dimensions if any(map(failed, d.gates)) for q in d.graded)
 
 # %% ../nbs/05_pool.ipynb #99fdbd96
 def explain(

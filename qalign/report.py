@@ -18,7 +18,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from .core import UserError, read_jsonl, write_text
+from .core import UserError, read_jsonl, write_figure, write_text
 from .evaluate import _BY_LIST, LEGEND, summary_cells
 from .pool import GRADE
 from .trace import parse_trace
@@ -153,8 +153,7 @@ def _canvas(path: Path, panels: int = 1, height: float = 2.6, dpi: int = 150, **
         matplotlib.rcParams.update(_STYLE)
         fig = Figure(figsize=(6, height), layout="constrained")
         yield fig, fig.subplots(1, panels, squeeze=False, **grid)[0]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fig.savefig(path, dpi=dpi, metadata={"Software": None})
+        write_figure(path, fig, dpi)
 
 # %% ../nbs/15_report.ipynb #a532f7d6
 def _curve(ax: Any, rows: Sequence[Mapping[str, Any]], keys: Mapping[str, str]) -> None:
@@ -180,6 +179,20 @@ def _reward(records: Records, path: Path) -> None:
         left.set_ylabel("base score, −1 to 1")
         right.set_ylabel("final reward, no unit")
 
+# %% ../nbs/15_report.ipynb #96544809
+def _largest(
+    moves: Mapping[str, Trend],  # of the revision, by principle
+) -> str:
+    "The principle that changed most; or that all changed alike, by amounts less than 0.005 apart."
+    gains = {p: t.last - t.first for p, t in moves.items() if t.n > 1 and t.first is not None and t.last is not None}
+    if not gains:
+        return "Fewer than two scored steps: no change can be told"
+    most = max(gains, key=lambda p: abs(gains[p]))
+    change = ("+" if gains[most] >= 0.005 else "") + _num(gains[most])
+    if len(gains) > 1 and max(gains.values()) - min(gains.values()) < 0.005:
+        return f"The revision changes alike on all {len(gains)} principles: {change}"
+    return f"Largest change of the revision: {most} {change} ({moves[most].word or 'no clear trend'})"
+
 # %% ../nbs/15_report.ipynb #94398bea
 def _principles(records: Records, path: Path) -> None:
     rows = records.grpo
@@ -190,7 +203,6 @@ def _principles(records: Records, path: Path) -> None:
             fig.suptitle("No rollout had the form of a transcript: no principle was scored")
         return
     moves = {p: trend(_floats(rows, f"revision/{p}")) for p in names}
-    gains = {p: t.last - t.first for p, t in moves.items() if t.n > 1 and t.first is not None and t.last is not None}
     with _canvas(path, len(names), sharey=True) as (fig, axes):
         for ax, p in zip(axes, names, strict=True):
             _curve(ax, rows, {"draft": f"draft/{p}", "revision": f"revision/{p}"})
@@ -198,12 +210,7 @@ def _principles(records: Records, path: Path) -> None:
             ax.set_xlabel("GRPO step")
         axes[0].legend()
         axes[0].set_ylabel("principle score, −1 to 1")
-        title = "Fewer than two scored steps: no change can be told"
-        if gains:
-            most = max(gains, key=lambda p: abs(gains[p]))
-            sign, word = "+" if gains[most] > 0 else "", moves[most].word or "no clear trend"
-            title = f"Largest change of the revision: {most} {sign}{_num(gains[most])} ({word})"
-        fig.suptitle(_wrap(title, 90))
+        fig.suptitle(_wrap(_largest(moves), 90))
 
 # %% ../nbs/15_report.ipynb #150b2e7c
 MODELS = ("start", "sft", "grpo")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['final_reward', 'group_advantages', 'fill_unscored', 'RewardRecord', 'RubricReward', 'batch_metrics', 'credit_rows',
-           'write_credit', 'read_credit', 'replay', 'judge_precision', 'rubric_reward']
+           'write_credit', 'read_credit', 'replay', 'judge_engine', 'rubric_reward']
 
 # %% ../nbs/08_reward.ipynb #fd8d715e
 import functools
@@ -136,7 +136,7 @@ def _mean(values: Iterable[float | None]) -> float | None:
 # %% ../nbs/08_reward.ipynb #5d870732
 def _hard(rubric: Rubric, settings: Settings, cards: "Sequence[Scorecard]") -> tuple[float | None, float | None]:
     "R2 and the final reward with hard scores, of the cards of draft and revision."
-    r1, r2 = (pool(rubric, card.verdicts, "hard", settings.max_failed).base for card in cards)
+    r1, r2 = (pool(rubric, card.verdicts, "hard", settings.max_failed, settings.pooling).base for card in cards)
     return r2, final_reward(r1, r2, settings.alpha, settings.beta)
 
 
@@ -233,13 +233,21 @@ class RubricReward:
         return batch_metrics(self.last)
 
 # %% ../nbs/08_reward.ipynb #80889bd1
+def _is_flat(
+    scored: Sequence[RewardRecord],  # of one group, those with a reward
+) -> bool:
+    "Whether the labels pay two completions or more all alike; not if the labels of all give no reward."
+    paid = {r.hard_reward for r in scored}
+    return len(scored) > 1 and len(paid) == 1 and None not in paid
+
+
 def batch_metrics(
     records: Sequence[RewardRecord],  # of one step, those of a group side by side
 ) -> dict[str, float | None]:
     "Plain numbers of a batch, free of wall times; None where there is nothing to average."
     groups = [[r for r in g if r.reward is not None] for _, g in groupby(records, key=lambda r: r.prompt_id)]
     spreads = [_mean_std([r.reward for r in g if r.reward is not None])[1] for g in groups if len(g) > 1]
-    flat = [_mean(r.hard_r2 for r in g) or 0.0 for g in groups if len(g) > 1 and len({r.hard_reward for r in g}) == 1]
+    flat = [r2 for g in groups if _is_flat(g) and (r2 := _mean(r.hard_r2 for r in g)) is not None]
     cards = [card for r in records for card in r.scorecards]
     out = {
         "reward": _mean(r.reward for r in records),
@@ -253,8 +261,9 @@ def batch_metrics(
         "judge_tokens": float(sum(card.tokens for card in cards)),
     }
     for part, i in (("draft", 0), ("revision", 1)):
+        scored = [r.scorecards[i].score for r in records if r.scorecards and r.scorecards[i].score.base is not None]
         for name in dict.fromkeys(name for card in cards for name in card.score.principles):
-            out[f"{part}/{name}"] = _mean(r.scorecards[i].score.principles[name] for r in records if r.scorecards)
+            out[f"{part}/{name}"] = _mean(score.principles[name] for score in scored)
     return out
 
 # %% ../nbs/08_reward.ipynb #df0e68c0
@@ -289,7 +298,7 @@ def credit_rows(
 # %% ../nbs/08_reward.ipynb #34e8181d
 def _arrow() -> Any:
     if not installed("pyarrow") or not installed("pandas"):
-        raise UserError("the credit log needs pyarrow and pandas: pip install 'qalign[train]'")
+        raise UserError("the credit log needs pyarrow and pandas: `qalign doctor` says how to install them")
     import pyarrow
     import pyarrow.parquet
 
@@ -358,7 +367,7 @@ def _verdicts(rows: Iterable[Mapping[str, Any]]) -> list[Verdict]:
 def replay(
     frame: "pd.DataFrame",  # from `read_credit`
     rubric: Rubric,  # the rubric of the run
-    settings: Settings,  # of the run: scores, max_failed, alpha, beta
+    settings: Settings,  # of the run: scores, pooling, max_failed, alpha, beta
 ) -> "pd.DataFrame":
     "One row per completion: r1, r2, reward from labels and probabilities alone; `same` if all equal the logged ones."
     import pandas as pd
@@ -369,7 +378,8 @@ def replay(
         parts = {name: [r for r in logged if r["part"] == name] for name in ("draft", "revision")}
         if not all(parts.values()):
             raise UserError(f"step {step}, completion {completion}: no rows of one part: give whole steps")
-        r1, r2 = (pool(rubric, _verdicts(p), settings.scores, settings.max_failed).base for p in parts.values())
+        how = settings.scores, settings.max_failed, settings.pooling
+        r1, r2 = (pool(rubric, _verdicts(p), *how).base for p in parts.values())
         reward = final_reward(r1, r2, settings.alpha, settings.beta)
         same = all(
             _there(row["base"]) == base and _there(row["reward"]) == reward
@@ -382,17 +392,22 @@ def replay(
     return frame.astype({"r1": float, "r2": float, "reward": float})
 
 # %% ../nbs/08_reward.ipynb #f2392871
-def judge_precision(
+def judge_engine(
     settings: Settings,
-) -> str:
-    "How a judge with weights of its own is loaded: as the policy is, but vLLM has no 4-bit base and takes bf16."
+) -> Any:
+    "The engine of a judge with weights of its own, loaded as the policy is, but vLLM has no 4-bit base and takes bf16."
+    from qalign.engine import HFEngine, load_engine
+
     four_bit = settings.judge.startswith("vllm:") and settings.quantization == "nf4"
-    return "none" if four_bit else settings.quantization
+    engine = load_engine(settings.judge, "none" if four_bit else settings.quantization)
+    if not isinstance(engine, HFEngine):
+        return engine
+    return replace(engine, batch=HFEngine.at_once(settings), rows=settings.judge_rows)
 
 
 @functools.cache
 def _from_environment() -> RubricReward:
-    from qalign.engine import HFEngine, load_engine, load_model, model_path
+    from qalign.engine import HFEngine, load_model, model_path
     from qalign.judge import Judge
     from qalign.tune import judge_folder, load_judge
 
@@ -400,10 +415,12 @@ def _from_environment() -> RubricReward:
     told = {key: os.environ[name] for key, name in names.items() if os.environ.get(name)}
     s = load_settings(os.environ.get("QALIGN_PRESET", "DEFAULT"), **told)
     if folder := judge_folder(s.judge):
-        engine: Any = load_judge(HFEngine(*load_model(model_path(s.model), s.quantization), spec=s.model), folder)
+        loaded = load_model(model_path(s.model), s.quantization)
+        engine: Any = load_judge(HFEngine(*loaded, s.model, HFEngine.at_once(s), s.judge_rows), folder)
     else:
-        engine = load_engine(s.model if s.judge == "self" else s.judge, judge_precision(s))
-    judge = Judge(rubric_for(s), engine, s.scores, s.max_failed, s.judge_chunk, s.judge_mode, s.judge_layout)
+        engine = judge_engine(s if s.judge != "self" else s.replace(judge=s.model))
+    how = (s.scores, s.max_failed, s.judge_chunk, s.judge_mode, s.judge_layout)
+    judge = Judge(rubric_for(s), engine, *how, pooling=s.pooling)
     return RubricReward(judge, s, folder=os.environ.get("QALIGN_RUN"), fill_groups=False)
 
 

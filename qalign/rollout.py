@@ -22,12 +22,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib import util
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 # %% ../nbs/12a_rollout.ipynb #b1aa8701
 from .bench import _machine
-from .core import Settings, UserError, append_jsonl, installed, read_jsonl, write_json, write_jsonl
-from .engine import EngineError, HFEngine, model_path, quiet
+from .core import Settings, UserError, append_jsonl, installed, read_jsonl, write_json
+from .engine import EngineError, HFEngine, _free, model_path, quiet
 from .memory import VLLM_SHARE
 from .processes import world_size
 from .server import ServerEngine, load_server
@@ -433,7 +433,7 @@ def load_lora_engine(
     if precision not in _PRECISION or rank > _RANKS[-1]:
         raise UserError(f"vLLM serves none (bf16) or fp32 and ranks up to {_RANKS[-1]}, got {precision!r}, {rank}")
     if not util.find_spec("vllm"):
-        raise UserError("rollout vllm needs vLLM in this environment: pip install 'qalign[vllm]', or give a server")
+        raise UserError("rollout vllm needs vLLM here: `qalign doctor` says how to install it, or give a server")
     for key, value in {"ENABLE_V1_MULTIPROCESSING": "0", "NO_USAGE_STATS": "1", "LOGGING_LEVEL": "ERROR"}.items():
         os.environ.setdefault(f"VLLM_{key}", value)
     from vllm import LLM
@@ -577,7 +577,7 @@ def check_rollout(
     if kind not in ("trl", "hf", "continuous", "vllm") and not kind.startswith("openai:"):
         raise UserError(f"expected rollout trl, hf, continuous, vllm or openai:NAME@BASE_URL, got {kind!r}")
     if kind == "vllm" and not util.find_spec("vllm"):
-        raise UserError("rollout vllm needs vLLM in this environment: pip install 'qalign[vllm]', or give a server")
+        raise UserError("rollout vllm needs vLLM here: `qalign doctor` says how to install it, or give a server")
     if kind == "vllm" and world_size() > 1:
         raise UserError("rollout vllm is for one process: with several use rollout hf, or a server openai:NAME@URL")
     if settings.top_p < 1 and (kind == "vllm" or kind.startswith("openai:")):
@@ -676,47 +676,80 @@ def bench_rollout(
     plan = {"model": known, "precision": str(model.dtype).removeprefix("torch."), "prompts": len(texts), "group": group}
     plan |= {"temperature": s.temperature, "top_p": s.top_p, "max_tokens": s.max_tokens, "repeats": repeats}
     write_json(folder / "run.json", {"plan": plan, **_where()})
-    rows = []
+    for name in ("rows.jsonl", "steps.jsonl"):
+        (folder / name).unlink(missing_ok=True)
+    left = dict(paths)  # those that have not run out of memory
     for repeat in range(-1, repeats):  # the first is a short one that nobody counts
-        for name, path in paths.items():
+        for name, path in list(left.items()):
             some, most = (prompts, s) if repeat >= 0 else (prompts[:1], Sampling(s.temperature, s.top_p, 2, s.eos))
-            start = time.perf_counter()
-            tokens, said = (path.generate if path else _whole)(model, some, most, repeat + 1)
-            seconds = time.perf_counter() - start
-            if repeat < 0:
-                continue
-            row = {"path": name, "repeat": repeat, "completions": len(tokens), "tokens": sum(map(len, tokens))}
-            rows.append(row | {"seconds": round(seconds, 3)})
-            if said and repeat == 0:
-                found = agreement(model, prompts[:4], tokens[:4], said[:4], s.temperature)
-                rows[-1] |= {"mean": found["mean"], "largest": found["largest"]}
-            say(f"{name}: {rows[-1]['tokens']} tokens in {seconds:.1f} s")
-            write_jsonl(folder / "rows.jsonl", rows)
-    (folder / "steps.jsonl").unlink(missing_ok=True)
+            row = _written(model, path, some, most, repeat)
+            if row is None:
+                row = {"problem": "out of memory"}
+                del left[name]
+            if repeat >= 0 or "problem" in row:
+                append_jsonl(folder / "rows.jsonl", {"path": name, "repeat": repeat, **row})
+                say(f"{name}: " + (row.get("problem") or f"{row['tokens']} tokens in {row['seconds']:.1f} s"))
     if train:
         kept = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
         for name, path in paths.items():
             with tempfile.TemporaryDirectory() as run:
-                took = _steps(train, path, Path(run))
-            append_jsonl(folder / "steps.jsonl", {"path": name, **took})
-            say(f"{name}: a step takes " + ", ".join(f"{k} {v:.1f} s" for k, v in took.items()))
+                took = _unless_memory_ends(partial(_steps, train, path, Path(run)))
+            append_jsonl(folder / "steps.jsonl", {"path": name, **(took or {"problem": "a step: out of memory"})})
+            times = took and "a step takes " + ", ".join(f"{k} {v:.1f} s" for k, v in took.items())
+            say(f"{name}: {times or 'a step: out of memory'}")
             model.load_state_dict(kept, strict=False)  # every path begins with the same weights
     return _table(folder)
 
 
+_T = TypeVar("_T")
+
+
+def _unless_memory_ends(work: Callable[[], _T]) -> _T | None:
+    "What `work` returns; None if the GPU's memory ran out in it."
+    import torch
+
+    try:
+        return work()
+    except (torch.OutOfMemoryError, UserError) as e:  # the second: train_grpo has made a line of the first
+        if not isinstance(e, torch.OutOfMemoryError) and not isinstance(e.__cause__, torch.OutOfMemoryError):
+            raise
+    _free()
+    return None
+
+
+def _written(
+    model: Any, path: Rollout | None, prompts: list[list[int]], sampling: Sampling, repeat: int
+) -> dict[str, Any] | None:
+    "What came of one call and how long it took; None if the GPU's memory ran out."
+    start = time.perf_counter()
+    done = _unless_memory_ends(partial(path.generate if path else _whole, model, prompts, sampling, repeat + 1))
+    seconds = time.perf_counter() - start
+    if done is None:
+        return None
+    tokens, said = done
+    out = {"completions": len(tokens), "tokens": sum(map(len, tokens)), "seconds": round(seconds, 3)}
+    if said and repeat == 0:
+        found = agreement(model, prompts[:4], tokens[:4], said[:4], sampling.temperature)
+        out |= {"mean": found["mean"], "largest": found["largest"]}
+    return out
+
+
 def _table(folder: Path) -> list[dict[str, Any]]:
-    "A record as one row a path: tokens a second is the median over the repeats."
+    "A record as one row a path: tokens a second is the median over the repeats; a path may have a problem instead."
     rows, steps = list(read_jsonl(folder / "rows.jsonl")), folder / "steps.jsonl"
     whole = {r.pop("path"): r for r in read_jsonl(steps)} if steps.exists() else {}
     out = []
     for name in dict.fromkeys(r["path"] for r in rows):
-        some = [r for r in rows if r["path"] == name]
-        speed = statistics.median(r["tokens"] / r["seconds"] for r in some)
-        row: dict[str, Any] = {"path": name, "tokens": sum(r["tokens"] for r in some), "tokens_per_second": speed}
-        row |= {k: v for k, v in some[0].items() if k in ("mean", "largest")}
-        if step := whole.get(name):
-            row |= {"step": sum(step.values()), **{f"step_{k}": v for k, v in step.items()}}
+        row: dict[str, Any] = {"path": name}
+        row |= {k: v for r in rows if r["path"] == name for k, v in r.items() if k in ("mean", "largest", "problem")}
+        if some := [r for r in rows if r["path"] == name and "tokens" in r]:
+            row["tokens"] = sum(r["tokens"] for r in some)
+            row["tokens_per_second"] = statistics.median(r["tokens"] / r["seconds"] for r in some)
+        step = dict(whole.get(name, {}))
+        row |= {"problem": step.pop("problem")} if "problem" in step else {}
+        row |= {"step": sum(step.values()), **{f"step_{k}": v for k, v in step.items()}} if step else {}
         out.append(row)
-    for row in out:
-        row["times_first"] = row["tokens_per_second"] / out[0]["tokens_per_second"]
+    measured = [r for r in out if "tokens_per_second" in r]
+    for row in measured:
+        row["times_first"] = row["tokens_per_second"] / measured[0]["tokens_per_second"]
     return out

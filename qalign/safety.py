@@ -8,6 +8,7 @@ __all__ = ['REFUSAL', 'Decision', 'SafetyJudge', 'is_refusal', 'string_judge', '
 
 # %% ../nbs/13a_safety.ipynb #4daeab2e
 import json
+import math
 import os
 import re
 import unicodedata
@@ -22,7 +23,7 @@ from .engine import Answer, EngineError, Segment
 from .judge import Judge, judge_prefix
 from .rubric import Dimension, Principle, Question, Rubric
 from .server import broken_up
-from .stats import Interval, cohen_kappa, kappa_interval, mean_interval, rate_interval, wilson
+from .stats import FEW, Interval, cohen_kappa, kappa_interval, mean_interval, rate_interval, wilson
 from .trace import answer_of, parse_trace
 
 # %% ../nbs/13a_safety.ipynb #7453c654
@@ -45,6 +46,8 @@ def _failed(reason: str) -> Decision:
 
 
 def _decided(kind: str, probability: float, reason: str = "") -> Decision:
+    if not math.isfinite(probability):
+        return _failed("gave a probability that is no number")
     yes, no = _LABELS[kind][0], _LABELS[kind][-1]
     return Decision(yes if probability >= 0.5 else no, probability, reason=reason)
 
@@ -746,7 +749,7 @@ def agreement(
 def _kappa(x: Sequence[bool], y: Sequence[bool], clusters: Sequence[str]) -> tuple[float | None, ...]:
     "Kappa and the ends of its interval; the bootstrap draws whole prompts."
     kappa = cohen_kappa(x, y) if x else None
-    if kappa is None or len(set(clusters)) < 2 or len(set(x)) < 2 or len(set(y)) < 2:  # one label: no spread to see
+    if kappa is None or len(set(clusters)) < FEW or len(set(x)) < 2 or len(set(y)) < 2:  # no spread to see
         return kappa, None, None
     i = kappa_interval(x, y, clusters=clusters)
     return i.estimate, i.low, i.high

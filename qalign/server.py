@@ -125,11 +125,10 @@ class LabelTree:
     ) -> dict[str, float]:
         "Probability of each label among the labels. Raises `EngineError` if one has none."
         logps = [sum(seen[path[:k]][token] for k, token in enumerate(path)) for path in self.paths]
-        if not all(map(math.isfinite, logps)):
-            raise EngineError("gave a log-probability that is no number")
+        probs = normalise(self.labels, logps)
         if min(logps) < _CUT:
             raise EngineError("cut a label off before it gave log-probabilities: serve --logprobs-mode raw_logprobs")
-        return normalise(self.labels, logps)
+        return probs
 
 # %% ../nbs/03a_server.ipynb #bdb3e7f7
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,17 @@ from qalign.core import (
     append_jsonl,
     content_hash,
     data_path,
+    installed,
+    largest_divisor,
     read_jsonl,
     set_seed,
+    write_json,
     write_jsonl,
 )
 from .engine import Chat, EngineError, Writer, load_engine, quiet, unpacked
 from .judge import Judge, Scorecard
-from .pool import GRADE
+from .pool import GRADE, explain
+from .processes import first
 from .prompts import Prompt
 from .rubric import Question, Rubric
 from .trace import CLOSE, OPEN, parse_trace, render_trace
@@ -98,8 +102,12 @@ def weakest_questions(
     "Dimension name and question that pulled each of the lowest dimensions down; empty if nothing applies."
     by_id = {v.question_id: v for v in card.verdicts if v.status == "ok"}
     scored = {name: s for name, s in card.score.dimensions.items() if s is not None}
+    by_label = {(row["dimension"], row["value"]): row["question"] for row in explain(rubric, card.verdicts)}
     out = []
     for dimension in sorted((d for d in rubric.dimensions if d.name in scored), key=lambda d: scored[d.name]):
+        if decided := by_label.get((dimension.name, scored[dimension.name])):  # its score is that of the labels
+            out.append((dimension.name, next(q for q in dimension.questions if q.id == decided)))
+            continue
         asked = [(by_id[q.id], q) for q in dimension.questions if q.id in by_id]
         ranked = [(_expected_value(q, v.probs or {v.label or "": 1.0}), q) for v, q in asked]
         known = [(value, q) for value, q in ranked if value is not None]
@@ -503,7 +511,7 @@ def _row(prompt: Prompt, row: _Row) -> _Row:
 # %% ../nbs/10_sft.ipynb #e524e81b
 _DECIDES = (
     *("model", "quantization", "seed", "temperature", "top_p", "candidates", "draft_tokens", "reflection_tokens"),
-    *("revision_tokens", "reflection_writer", "revision_writer", "reflection_tries", "records_at_once"),
+    *("revision_tokens", "reflection_writer", "revision_writer", "reflection_tries", "records_at_once", "pooling"),
 )
 
 
@@ -516,6 +524,7 @@ def _identity(work: _Work, everyone: Sequence[Prompt]) -> dict[str, Any]:
         "judge": content_hash([j.version, j.engine.identity(), j.scores, j.max_failed]),
         "policy": content_hash(work.policy.identity()),
         "writers": content_hash([work.reflects.identity(), work.revises.identity()]),
+        "chats at once": [getattr(w, "batch", None) for w in (work.policy, work.reflects, work.revises)],
         "texts": content_hash([_OPENERS, _OPENINGS, _SAFE, _phrases(), list(REFLECTION_RULES)]),
     }
 
@@ -784,7 +793,7 @@ def common_arguments(
         "disable_tqdm": True,
         "dataloader_num_workers": 0,
         "max_grad_norm": 1.0,
-        "optim": "adamw_torch",
+        "optim": settings.optimizer,
         "weight_decay": 0.0,
     }
 
@@ -798,30 +807,43 @@ def one_gpu(
 
 
 def _micro(settings: Settings) -> int:
-    "Records of a backward pass: the largest divisor of `sft_batch` up to `micro_batch`: a step takes the batch."
-    batch = settings.sft_batch
-    return next(n for n in range(min(settings.micro_batch, batch), 0, -1) if batch % n == 0)
+    "Records of a backward pass; a step takes the batch."
+    return largest_divisor(settings.sft_batch, settings.micro_batch)
+
+
+def _sft_told(settings: Settings, folder: Path, longest: int) -> dict[str, Any]:
+    "What TRL is told for SFT, by the name of the argument."
+    micro, packing = _micro(settings), settings.sft_packing
+    return {
+        **common_arguments(settings, folder),
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": settings.sft_batch // micro,
+        "num_train_epochs": settings.sft_epochs,
+        "learning_rate": settings.sft_lr,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0,
+        "max_length": None if packing == "padding_free" else longest,
+        "packing": packing == "packed",
+        "packing_strategy": "bfd",
+        "padding_free": packing == "padding_free",
+        "loss_type": "nll",
+    }
 
 
 def _sft_arguments(settings: Settings, folder: Path, longest: int) -> Any:
     from trl import SFTConfig
 
-    micro, packing = _micro(settings), settings.sft_packing
-    args = SFTConfig(
-        **common_arguments(settings, folder),
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=settings.sft_batch // micro,
-        num_train_epochs=settings.sft_epochs,
-        learning_rate=settings.sft_lr,
-        lr_scheduler_type="cosine",
-        warmup_steps=0,
-        max_length=None if packing == "padding_free" else longest,
-        packing=packing == "packed",
-        packing_strategy="bfd",
-        padding_free=packing == "padding_free",
-        loss_type="nll",
-    )
-    return one_gpu(args)
+    return one_gpu(SFTConfig(**_sft_told(settings, folder, longest)))
+
+
+def _write_arguments(settings: Settings, folder: Path, longest: int) -> None:
+    "Write `trl.json`: TRL's version, and each argument of SFT that is not TRL's default, beside that default."
+    from trl import SFTConfig
+
+    defaults, told = {f.name: f.default for f in fields(SFTConfig)}, _sft_told(settings, folder, longest)
+    rows = [{"name": k, "default": defaults[k], "ours": v} for k, v in told.items() if v != defaults[k]]
+    rows = [row for row in rows if row["name"] != "output_dir"]  # a place on this machine
+    write_json(folder / "trl.json", {"trl": installed("trl"), "arguments": rows})
 
 # %% ../nbs/10_sft.ipynb #e049ab0a
 def _printer() -> Any:
@@ -880,7 +902,7 @@ def train_sft(
     tokenizer: Any,
     records: Sequence[Record],
     settings: Settings,
-    folder: Path,  # where the trainer may put its files
+    folder: Path,  # where the trainer may put its files, and trl.json
     log: Callable[[dict[str, Any]], None],  # called with {"step", "loss", ...} after every optimiser step
 ) -> dict[str, int]:
     "Train the adapter with TRL. Returns records used and too long, and tokens read and learned per pass."
@@ -894,6 +916,8 @@ def train_sft(
         warnings.warn(doubt, stacklevel=2)
     longest = settings.prompt_tokens + settings.completion_tokens
     rows = _fitting(training_rows(tokenizer, records), longest)
+    if first():
+        _write_arguments(settings, folder, longest)
     with keep_float32(model):
         trainer = SFTTrainer(
             model=model,

@@ -749,6 +749,36 @@ def _least(xs: Sequence[Cell], ys: Sequence[Cell]) -> str:
     cost = [(c.rate, c.judge) for c in ys if c.model == best.model and c.rate][:1]
     return said + "".join(f"; it refuses {_percent(r.estimate)} % of the benign by {judge}" for r, judge in cost)
 
+# %% ../nbs/15a_tables.ipynb #fdda65e8
+_Name = tuple[str, tuple[float, float], str, float]  # text, its point, colour, size
+_AROUND = [(x, y) for y in (1, -1, 0) for x in (0, 1, -1) if x or y]  # right, left, above, below and between
+
+
+def _write_names(ax: Any, names: Sequence[_Name]) -> None:
+    from matplotlib.patheffects import withStroke
+    from matplotlib.transforms import Bbox
+
+    ax.figure.draw_without_rendering()  # places are known from here on
+    taken = [x.get_window_extent().padded(4) for x in ax.lines if len(x.get_xdata()) and x.get_linestyle() != ":"]
+    taken.append(ax.get_legend().get_window_extent())
+
+    def shared(one: Any, other: Any) -> float:
+        both = Bbox.intersection(one, other)
+        return both.width * both.height if both else 0.0
+
+    for text, at, colour, size in names:
+        note = ax.annotate(_plain(text), at, (0, 0), textcoords="offset points", color=colour, fontsize=size, zorder=9)
+        note.set_path_effects([withStroke(linewidth=2, foreground="white")])
+        costs = []
+        for x, y in _AROUND:
+            note.set(position=(5 * x, 5 * y), ha=("center", "left", "right")[x], va=("center", "bottom", "top")[y])
+            box = note.get_window_extent()
+            outside = box.width * box.height - shared(ax.bbox, box)
+            costs.append(10 * outside + sum(shared(t, box) for t in taken))
+        x, y = _AROUND[costs.index(min(costs))]
+        note.set(position=(5 * x, 5 * y), ha=("center", "left", "right")[x], va=("center", "bottom", "top")[y])
+        taken.append(note.get_window_extent().padded(4))
+
 # %% ../nbs/15a_tables.ipynb #25f6415f
 def tradeoff_figure(
     results: Results,  # of `measure`
@@ -767,21 +797,23 @@ def tradeoff_figure(
     (xs, ys), colours = sides, {m: f"C{i % 10}" for i, m in enumerate(dict.fromkeys(c.model for c in sides[0]))}
     judges = [list(dict.fromkeys(c.judge for c in side))[:2] for side in sides]
     with _canvas(path, height=3) as (_, (ax,)):
+        names = list[_Name]()
         for m, colour in colours.items():
             own = [[c for c in side if c.model == m and c.judge in js] for side, js in zip(sides, judges, strict=True)]
-            _draw_model(ax, m, colour, *own)
-        shown = _draw_published(ax, papers, xs[0].set, ys[0].set)
+            names += _draw_model(ax, m, colour, *own)
+        shown, known = _draw_published(ax, papers, xs[0].set, ys[0].set)
         for marker, pair in zip("os", zip(*judges, strict=False), strict=False):
             ax.plot([], [], marker, color="grey", label=_plain(" / ".join(dict.fromkeys(pair))))
         ax.set_xlabel(_wrap(f"attack success on {xs[0].set}, %", 80))
         ax.set_ylabel(_wrap(f"false refusals on {ys[0].set}, %{shown}", 40))
         ax.legend(loc="best")
         ax.set_title(_wrap(_least(xs, ys), 90))
-        ax.margins(0.08)
+        ax.margins(0.1)
+        _write_names(ax, names + known)
     return path
 
 # %% ../nbs/15a_tables.ipynb #e0eb1bbb
-def _draw_model(ax: Any, model: str, colour: str, xs: Sequence[Cell], ys: Sequence[Cell]) -> None:
+def _draw_model(ax: Any, model: str, colour: str, xs: Sequence[Cell], ys: Sequence[Cell]) -> list[_Name]:
     points = [(x.rate, y.rate) for x, y in zip(xs, ys, strict=False) if x.rate and y.rate]
     for marker, (x, y) in zip("os", points, strict=False):
         at = 100 * x.estimate, 100 * y.estimate
@@ -790,27 +822,25 @@ def _draw_model(ax: Any, model: str, colour: str, xs: Sequence[Cell], ys: Sequen
         ax.plot(*at, marker, color=colour, markersize=4)
     both = [100 * x.estimate for x, _ in points], [100 * y.estimate for _, y in points]
     ax.plot(*both, ":", color=colour, linewidth=0.8)
-    if points:
-        at = 100 * points[0][0].estimate, 100 * points[0][1].estimate
-        ax.annotate(_plain(model), at, (3, 3), textcoords="offset points", color=colour, fontsize=7)
+    return [(model, (both[0][0], both[1][0]), colour, 7)] if points else []
 
 # %% ../nbs/15a_tables.ipynb #28c7002a
-def _draw_published(ax: Any, papers: Sequence[Mapping[str, Any]], harm: str, benign: str) -> str:
-    "Hollow marks; returns what the axis must say if a paper has other benign prompts."
-    other, label = "", "published"
+def _draw_published(ax: Any, papers: Sequence[Mapping[str, Any]], harm: str, benign: str) -> tuple[str, list[_Name]]:
+    "Hollow marks; returns what the axis must say if a paper has other benign prompts, and names to write."
+    other, label, written = "", "published", list[_Name]()
     for paper in papers:
         attacks, refusals = _figures(paper, ATTACK), _figures(paper, REFUSAL)
         names = list(dict.fromkeys(s for found in refusals.values() for s in found))
         name = benign if benign in names else next(iter(names), "")
         known = [m for m in attacks if harm in attacks[m] and name in refusals.get(m, {})]
         points = {m: (attacks[m][harm], refusals[m][name]) for m in known}
-        for m, at in points.items():
+        for at in points.values():
             ax.plot(*at, "D", markerfacecolor="none", markeredgecolor="grey", markersize=4, label=label)
-            ax.annotate(_plain(m), at, (4, -2), textcoords="offset points", color="grey", fontsize=5)
             label = "_published"
+        written += [(m, at, "dimgrey", 6) for m, at in points.items()]
         if points and name != benign:
             other = f" (published: {name})"
-    return other
+    return other, written
 
 # %% ../nbs/15a_tables.ipynb #072d02ca
 def capability_figure(

@@ -21,7 +21,7 @@ class Trace:
     reflection: str  # text inside it
     revision: str  # text after it: what a user sees
     ok: bool  # True if the transcript has the form and no part is empty
-    problem: str  # '' if ok, else one of PROBLEMS
+    problem: str  # '' if ok, else one of PROBLEMS, or truncated
 
     def _repr_html_(self) -> str:
         def cell(text: str) -> str:  # a lone surrogate cannot be shown: it becomes a question mark
@@ -62,8 +62,9 @@ MEANING = {
     "empty_draft": "one block, and nothing before it",
     "empty_reflection": "one block, and nothing in it",
     "empty_revision": "one block, and nothing after it",
+    "truncated": "it has the form, and was cut off at the limit of tokens: only who generated it can tell",
 }
-PROBLEMS = tuple(MEANING)
+PROBLEMS = tuple(MEANING)[:-1]  # what the text itself shows
 
 # %% ../nbs/07_trace.ipynb #49b1eaa7
 def _tag_problem(tags: list[re.Match[str]]) -> str:

@@ -166,7 +166,7 @@ def load_vllm(
     if quantization not in _DTYPE:
         raise UserError(f"a vllm engine takes quantization none or fp32, got {quantization!r}: use hf: for 4-bit")
     if not util.find_spec("vllm"):
-        raise UserError("a vllm engine needs vllm: pip install 'qalign[vllm]', or use hf:ID_OR_PATH")
+        raise UserError("a vllm engine needs vllm: `qalign doctor` says how to install it, or use hf:ID_OR_PATH")
     for key, value in {"ENABLE_V1_MULTIPROCESSING": "0", "NO_USAGE_STATS": "1", "LOGGING_LEVEL": "ERROR"}.items():
         os.environ.setdefault(f"VLLM_{key}", value)
     from transformers import AutoTokenizer

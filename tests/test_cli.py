@@ -2,13 +2,16 @@
 
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from typer.testing import CliRunner
 
 from qalign import cli, pipeline
 from qalign.benchmarks import Item
-from qalign.core import UserError, data_path, load_settings, read_jsonl
+from qalign.core import UserError, data_path, load_settings, read_jsonl, write_figure
 from qalign.generations import Model
 from qalign.rubric import load_rubric
 
@@ -42,6 +45,32 @@ def test_a_package_that_is_missing_is_one_line(monkeypatch, capsys):
         else:
             with pytest.raises(ModuleNotFoundError):
                 cli.main()
+
+
+@pytest.mark.parametrize("fault", ["torch", MemoryError(), RuntimeError("a defect")])
+def test_memory_that_runs_out_is_one_line(fault, monkeypatch, capsys):
+    if fault == "torch":
+        import torch
+
+        fault = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    def app(standalone_mode):
+        raise fault
+
+    monkeypatch.setattr(cli, "app", app)
+    if "defect" in str(fault):
+        with pytest.raises(RuntimeError, match="a defect"):
+            call(monkeypatch, capsys, "chat")
+        return
+    code, err = call(monkeypatch, capsys, "chat")
+    assert code == 2 and err.startswith("qalign: memory ran out: lower generate_batch, micro_batch, judge_chunk")
+    assert "`qalign plan`" in err and err.count("\n") == 1
+
+
+def test_a_plan_stands_beside_a_run():
+    told = CliRunner().invoke(cli.app, ["plan", "--run", str(data_path("runs", "demo"))])
+    assert told.exit_code == 0 and told.output.startswith("smollm2: ")
+    assert told.output.endswith("demo holds no measured peaks: it ran on a CPU, or before they were recorded\n")
 
 
 def test_the_demo_takes_the_option_that_its_message_names(monkeypatch, capsys):
@@ -99,7 +128,24 @@ CASES = {
     "out is a file": (["run", "--out", "{empty}"], "is a file: give another --out"),
     "out is not a run": (["run", "--out", "{folder}"], "is not empty and holds no run"),
     "unknown command": (["rnu"], "rnu"),
+    "no run to plan beside": (["plan", "--run", "{folder}"], "holds no run: give the --out of one"),
+    "a run's plan with a key": (["plan", "--run", "{folder}", "--lr", "1"], "has settings of its own: leave out --lr"),
+    "a run's plan with a preset": (["plan", "--run", "{folder}", "--preset", "tiny"], "leave out --preset"),
+    "no such optimizer": (
+        ["plan", "--optimizer", "sgd"],
+        "expected optimizer to be one of adamw_torch, paged_adamw_8bit",
+    ),
     "no run to report": (["report", "{folder}/none"], "no run folder none"),
+    "nothing that is a run": (["report", "{folder}"], "holds no run: give the --out of one"),
+    "no stage": (["run", "--until", "grop"], "no stage 'grop': choose one of"),
+    "no rollout": (["run", "--rollout", "vlm"], "expected rollout trl, hf"),
+    "no tracker": (["run", "--report-to", "tensorbord"], "expected report_to to be one of"),
+    "no run to begin with": (["run", "--from", "{folder}"], "holds no run: give --from the folder of one"),
+    "no path": (["bench", "rollout", "--paths", "hf,hff"], "expected rollout trl, hf, continuous, vllm or openai"),
+    "no figure": (["plan", "--preset", "tiny", "--figure", "x.pgn"], "no figure can be written as x.pgn"),
+    "nothing to watch": (["watch", "{folder}"], "no grpo rows in metrics.jsonl"),
+    "nobody will write it": (["watch", "{folder}", "--every", "1"], "no grpo rows in metrics.jsonl"),
+    "back in time": (["watch", "{folder}", "--every", "-1"], "--every"),
 }
 
 
@@ -122,8 +168,12 @@ def test_one_line_and_exit_2(name, files, tmp_path, monkeypatch, capsys):
     args, message = CASES[name]
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    code, err = call(monkeypatch, capsys, *[a.format(**files) for a in args])
-    assert code == 2 and message in err and err.count("\n") == 1, err
+    monkeypatch.setattr(sys, "argv", ["qalign", *[a.format(**files) for a in args]])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and message in err and err.count("\n") == 1, err
+    assert "├" not in out, "no rubric is shown before all is checked"
     assert sorted(tmp_path.rglob("*")) == before, "nothing is written"
 
 
@@ -210,13 +260,78 @@ def test_clear_removes_what_a_stage_left(tmp_path):
     assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["trainer"]
 
 
-def test_help_lists_the_commands():
-    out = subprocess.run([sys.executable, "-m", "qalign.cli", "--help"], capture_output=True, text=True, check=False)
-    command = subprocess.run(
-        [Path(sys.executable).with_name("qalign"), "--help"], capture_output=True, text=True, check=False
-    )
-    assert command.returncode == 0 and all(f"  {c}" in command.stdout for c in ("demo", "run", "doctor", "rubric"))
-    assert out.returncode == 0
+@pytest.mark.parametrize("way", [["qalign"], ["-m", "qalign"], ["-m", "qalign.cli"]])
+def test_help_lists_the_commands(way, tmp_path):
+    program = [sys.executable] if len(way) > 1 else [str(Path(sys.executable).with_name(way.pop()))]
+    done = subprocess.run([*program, *way, "--help"], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0 and all(f"  {c}" in done.stdout for c in ("demo", "run", "doctor", "rubric"))
+    wrong = subprocess.run([*program, *way, "nonsense"], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (wrong.returncode, wrong.stderr) == (2, "qalign: No such command 'nonsense'.\n")
+
+
+@pytest.mark.parametrize("command", [["run"], ["demo"], ["study"], ["plan"], ["settings"], ["bench", "rollout"]])
+def test_help_says_that_every_setting_is_an_option(command):
+    said = CliRunner().invoke(cli.app, [*command, "--help"]).output
+    assert "Any setting is an option as well, such as --lr 2e-4" in " ".join(said.split())
+
+
+# What takes time, and what is drawn
+
+
+def test_the_rubric_is_shown_once_all_is_checked(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pipeline, "check_lengths", lambda plan, policy: None)
+    monkeypatch.setattr(pipeline.Run, "start", lambda self: {})
+    for resume in ((), ("--resume",)):
+        monkeypatch.setattr(sys, "argv", ["qalign", "run", "--out", str(tmp_path / "x"), "--until", "start", *resume])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out = capsys.readouterr().out
+        assert stop.value.code == 0 and "stopped behind stage start, as asked" in out
+        assert out.startswith("hhh 9 dimensions") != bool(resume)
+
+
+def test_watch_waits_for_the_first_step(tmp_path, monkeypatch, capsys):
+    run, figure, naps = tmp_path / "x", tmp_path / "panel.png", []
+    folder = pipeline.open_folder(run, pipeline.make_plan(load_settings("tiny")))
+
+    def sleep(seconds):
+        naps.append((seconds, figure.exists()))
+        folder.metric("grpo", {"part": "grpo", "step": len(naps), "r1": 0.5})
+        if len(naps) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    monkeypatch.setattr(sys, "argv", ["qalign", "watch", str(run), "--figure", str(figure), "--every", "7"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 130 and naps == [(7, False), (7, True), (7, True)]
+    shows = f"{figure} shows {run}"
+    assert capsys.readouterr().out.splitlines() == [f"{run} has no step of GRPO yet", shows, shows]
+
+
+class Torn:
+    "A figure whose writing is cut short."
+
+    canvas = SimpleNamespace(get_supported_filetypes=lambda: {"png": ""})
+
+    def savefig(self, file, **options):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+
+def test_a_figure_is_written_whole_or_not_at_all(tmp_path):
+    from matplotlib.figure import Figure
+
+    for name in ("a.png", "a.pdf", "a.SVG", "below/a.png"):
+        write_figure(tmp_path / name, Figure())
+    whole = (tmp_path / "a.png").read_bytes()
+    assert whole.startswith(b"\x89PNG") and b"Software" not in whole
+    there = sorted(tmp_path.rglob("*"))
+    with pytest.raises(KeyboardInterrupt):
+        write_figure(tmp_path / "a.png", Torn())
+    with pytest.raises(UserError, match=r"^no figure can be written as a: give a name that ends in"):
+        write_figure(tmp_path / "a", Figure())
+    assert (tmp_path / "a.png").read_bytes() == whole and sorted(tmp_path.rglob("*")) == there
 
 
 # Rubric commands

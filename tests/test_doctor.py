@@ -80,7 +80,8 @@ def test_stage_states():
     assert stage("evaluation", needs, {}).state == "warn"
     found = stage("evaluation", needs, {"a": "1"})
     assert found.found == "not installed: b; out of range: a 1 (wants >=2)"
-    assert found.remedy == "pip install 'qalign[eval]' -c constraints.txt"
+    assert found.remedy == "from the folder of this repository: pip install '.[eval]' -c constraints.txt"
+    assert doctor._install("") == "from the folder of this repository: pip install . -c constraints.txt"
 
 
 def test_vllm_is_installed_apart_without_the_pins():
@@ -286,7 +287,7 @@ print([m for m in {heavy.split()} if m in sys.modules])
 
 def test_show_keeps_commands_whole():
     out = io.StringIO()
-    command = "pip install 'qalign[train]' -c constraints.txt"
+    command = doctor._install("train")
     found = [
         Finding("a", "missing", "[bold]x", command),
         Finding("b", "missing", "y", command),

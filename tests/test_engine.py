@@ -36,6 +36,7 @@ from qalign.engine import (
 )
 from qalign.judge import LABELS, SYSTEM, Judge, judge_lead, judge_prefix, judge_suffix, reply_schema
 from qalign.rubric import Question, load_rubric, select
+from qalign.safety import llm_judge
 
 torch = pytest.importorskip("torch")
 
@@ -269,6 +270,30 @@ def test_labels_of_several_tokens_are_exact(shared_tiny: HFEngine) -> None:
 def test_labels_that_begin_another_are_refused(shared_tiny: HFEngine) -> None:
     with pytest.raises(ValueError, match="expected labels of which none begins another"):
         shared_tiny.label_probs([text([1])], ["?"], [("not", "not at all")])
+
+
+def test_a_broken_model_gives_no_probabilities(tiny: HFEngine) -> None:
+    with torch.no_grad():
+        tiny.model.lm_head.weight[7] = float("nan")
+    [[answer]] = tiny.label_probs([text([1, 2])], ["?"], [("TRUE", "FALSE")])
+    assert isinstance(answer, EngineError) and str(answer) == "gave a log-probability that is no number"
+    card = Judge(select(load_rubric("hhh"), dimensions=1, per_dimension=1), tiny).score("p", ["r"])[0]
+    assert card.score.base is None and {v.status for v in card.verdicts} == {"failed"}
+    for safety_judge in (llm_judge(tiny, "harm"), llm_judge(tiny, "strong_reject")):
+        [decision] = safety_judge.decide([{"prompt": "p", "output": "r"}])
+        assert (decision.status, decision.label, decision.score) == ("failed", None, None)
+
+
+def test_replies_that_ran_into_the_limit_are_told(tiny: HFEngine) -> None:
+    chats: list[Any] = [[{"role": "user", "content": c}] for c in "abcde"]
+    once = tiny.complete(chats, max_tokens=5)
+    assert tiny.cut == [True] * 5  # random weights do not stop
+    some = [tiny.tokens([(reply, False)])[-1] for reply in once]
+    tiny.model.generation_config.eos_token_id = [tiny.tokenizer.eos_token_id, some[0]]
+    tiny.batch = 2
+    again = tiny.complete(chats, max_tokens=5)
+    ended = [len(tiny.tokens([(reply, False)])) < 5 or i == 0 for i, reply in enumerate(again)]
+    assert tiny.cut == [not e for e in ended] and not tiny.cut[0]
 
 
 def test_two_orders_of_batching(shared_tiny: HFEngine) -> None:

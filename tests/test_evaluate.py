@@ -84,7 +84,7 @@ OUTPUTS = {
     "none": "  ",
 }
 KEYS = {"model", "set", "prompt_id", "trial", "prompt", "output", "answer", "ok", "problem", "r1", "r2", "reward"}
-KEYS |= {"r_answer", "refusal", "principles", "tokens_out"}
+KEYS |= {"r_answer", "refusal", "principles", "tokens_out", "cut"}
 
 
 def run(judge=None, engine=None, model="sft", **overrides):
@@ -147,6 +147,20 @@ def test_tokens_are_counted_if_the_engine_can():
     assert rows["plain", 0]["tokens_out"] == 2 and run()[0]["plain", 0]["tokens_out"] is None
 
 
+def test_outputs_that_were_cut_off_are_told_where_the_engine_knows():
+    engine = Engine(OUTPUTS)
+    engine.cut = [k == "good" for k in OUTPUTS]
+    rows, _, _ = run(engine=engine)
+    assert {k: r["cut"] for (k, _), r in rows.items()} == {k: k == "good" for k in OUTPUTS}
+    assert rows["good", 0]["ok"] and rows["good", 0]["r2"] == run()[0]["good", 0]["r2"]  # scored on what is there
+    both = {m: [r | {"model": m} for r in rows.values()] for m in ("sft", "grpo")}
+    s = summarize(both)
+    assert cell(s, "cut_rate", "sft")["estimate"] == 1 / len(OUTPUTS)
+    assert comparison(s, "cut_rate", "sft", "grpo") is None and comparison(s, "parse_rate", "sft", "grpo")
+    both["sft"][0]["cut"] = None
+    assert "cut_rate" not in {r["metric"] for r in summarize(both)["table"]}
+
+
 def test_progress_and_empty_sets():
     lines = []
     evaluate(
@@ -187,7 +201,7 @@ def test_summary_by_hand():
     grpo = [row(i, refusal=i < 7, r1=0.0, r2=0.5, reward=5.5, r_answer=0.5 - 0.1 * (i % 2)) for i in range(8)]
     s = summarize({"grpo": grpo, "start": start})
     assert [r["model"] for r in s["table"][:2]] == ["start", "grpo"]
-    assert {r["metric"] for r in s["table"]} == set(METRICS) and len(s["table"]) == 12
+    assert {r["metric"] for r in s["table"]} == set(METRICS) - {"cut_rate"} and len(s["table"]) == 12
     rate = cell(s, "refusal_rate", "grpo")  # Wilson, 7 of 8, by the textbook formula
     z, p, n = 1.959964, 7 / 8, 8
     mid, half = (

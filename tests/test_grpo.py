@@ -40,6 +40,7 @@ from qalign.grpo import (
 from qalign.judge import Scorecard
 from qalign.pool import pool
 from qalign.prompts import Prompt
+from qalign.reward import group_advantages
 from qalign.rubric import Dimension, Principle, Question, Rubric, Verdict
 from qalign.trace import Trace
 
@@ -61,6 +62,7 @@ MICRO = {
 }
 PLAIN = {**MICRO, "grpo_steps": 6}  # one generation a step; six steps are three passes over the prompts
 FOUR_BIT = {**PLAIN, "quantization": "nf4", "lr": 1e-5, "grpo_steps": 3}
+EIGHT_BIT = {**PLAIN, "optimizer": "paged_adamw_8bit", "grpo_steps": 4}
 REUSED = {**MICRO, "grpo_steps": 10, "steps_per_generation": 2, "num_iterations": 2}  # one generation in four steps
 
 
@@ -317,6 +319,11 @@ def test_resume_over_a_4_bit_base(children, whole, tmp_path):
     equal(records(whole(FOUR_BIT)), killed_and_resumed(children, tmp_path / "run", FOUR_BIT, ("log", 3)))
 
 
+@pytest.mark.slow
+def test_resume_with_states_in_8_bits(children, whole, tmp_path):
+    equal(records(whole(EIGHT_BIT)), killed_and_resumed(children, tmp_path / "run", EIGHT_BIT, ("log", 3)))
+
+
 def test_an_adapter_over_a_4_bit_base_is_trained_in_float32(whole):
     "TRL would round it to bf16, where a step of this size changes hardly any weight."
     final = json.loads((whole(FOUR_BIT) / "final.json").read_text())
@@ -417,6 +424,171 @@ def test_canaries_change_nothing(children, whole, tmp_path):
     assert {r["benign_refusals"] for r in mine["metrics"] if "benign_refusals" in r} == {0.5}
 
 
+# ---- one run, watched
+
+
+class Tracker:
+    "Stands where a tracker's callback would, and keeps what it is told."
+
+    rows: list[dict] = []  # noqa: RUF012
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: None
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.rows.append({"step": state.global_step, **logs})
+
+
+class MuteJudge(StubJudge):
+    "Cannot read one revision of each group, for too many of its verdicts failed."
+
+    def score_many(self, pairs):
+        cards = super().score_many(pairs)
+        for i in range(3, len(cards), 2 * MICRO["group_size"]):  # draft and revision stand side by side
+            said = tuple(Verdict(q.id, None, status="failed") for q in RUBRIC.questions)
+            cards[i] = Scorecard(*pairs[i], said, pool(RUBRIC, said), tokens=1, seconds=0.0)
+        return cards
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory):
+    "Three steps with a judge that is mute at times, canaries, a tracker, and the advantages that TRL computed."
+    import trl
+    from transformers.integrations import integration_utils
+
+    run, told = tmp_path_factory.mktemp("watched"), SimpleNamespace(advantages=[], rows=[], said=[])
+    settings = load_settings("tiny", **{**PLAIN, "grpo_steps": 3, "canary_steps": 2, "report_to": "wandb"})
+    generate = trl.GRPOTrainer._generate_and_score_completions
+
+    def kept(self, inputs):
+        out = generate(self, inputs)
+        told.advantages.append(out["advantages"].tolist())
+        return out
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trl.GRPOTrainer, "_generate_and_score_completions", kept)
+        patch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "wandb", Tracker)
+        patch.setattr(grpo, "installed", lambda name: "1.0")
+        patch.setattr(Tracker, "rows", [])
+        for name in ("_score", "parse_trace"):
+            patch.setattr(reward_room, name, getattr(reward_room, name))  # put back at the end
+        any_text_is_a_transcript()
+        model, tokenizer = micro_model(settings)
+        before = run_identity(model, MuteJudge(), PROMPTS, settings)
+
+        def canaries():
+            return restless(model, tokenizer)
+
+        how = (settings, run, told.rows.append, told.said.append, False, canaries)
+        train_grpo(model, tokenizer, MuteJudge(), PROMPTS, *how)
+        told.tracked, told.run = Tracker.rows, run
+        after = run_identity(model, MuteJudge(), PROMPTS, settings)
+    told.changed = {k for k in before if before[k] != after[k]}
+    return told
+
+
+def test_an_unscored_completion_has_no_advantage(watched):
+    "By TRL's own arithmetic, on its way to the loss; the others stand against the rest of their group."
+    traces, group = list(read_jsonl(watched.run / "traces.jsonl")), MICRO["group_size"]
+    assert len(watched.advantages) == 3
+    for step, found in enumerate(watched.advantages, 1):
+        rewards = [r["reward"] for r in traces if r["step"] == step]
+        assert [i for i, r in enumerate(rewards) if r is None] == [1, 1 + group]
+        assert found[1] == found[1 + group] == 0.0
+        assert found == pytest.approx(group_advantages(rewards, group), abs=1e-4)
+        assert sum(abs(a) for a in found) > 1  # there is something to be unlike
+
+
+def test_training_changes_nothing_of_what_a_run_is_but_its_adapter(watched):
+    assert watched.changed == {"start adapter"}
+
+
+def test_a_tracker_is_told_every_number_of_the_row(watched):
+    rows, tracked = watched.rows, [r for r in watched.tracked if "loss" in r]
+    assert [r["step"] for r in rows] == [r["step"] for r in tracked] == [1, 2, 3]
+    for row, seen in zip(rows, tracked, strict=True):
+        assert {k: v for k, v in row.items() if v is not None} == {k: seen[k] for k, v in row.items() if v is not None}
+        assert "num_tokens" in seen  # TRL's own are still there
+        speaking = {k for k in seen if k.startswith("alarm/")}
+        assert seen["alarms"] == len(speaking) and "alarm/unscored" in speaking
+        assert all(isinstance(v, int | float) for k, v in seen.items() if k in row)
+    told = set(tracked[0])
+    assert {"all_good", "all_bad", "unscored", "truncated", "draft/honesty", "benign_refusals", "r1", "r2"} <= told
+    assert "benign_refusals" not in tracked[1] and "benign_refusals" in tracked[2]
+
+
+def test_a_run_holds_what_trl_was_told(watched):
+    told, table = json.loads((watched.run / "trl.json").read_text()), argument_table(load_settings("tiny", **PLAIN))
+    assert told["trl"] == "1.0" and [r["name"] for r in told["arguments"]] == [name for name, *_ in table.rows]
+    assert {r["name"]: r["default"] for r in told["arguments"]}["beta"] == 0.0
+    ours = {r["name"]: r["ours"] for r in told["arguments"]}
+    assert (ours["beta"], ours["max_steps"], ours["report_to"]) == (0.1, 3, "wandb")
+    assert all(r["why"] for r in told["arguments"])
+
+
+def test_the_line_counts_canaries_and_checkpoints(watched):
+    lines = [line for line in watched.said if line.startswith("step ") and " left" in line]
+    assert len(lines) == 3 and all("canaries" in line for line in lines)
+    stages = [(r["step"], r["stage"]) for r in read_jsonl(watched.run / "timings.jsonl")]
+    assert [step for step, stage in stages if stage == "grpo/canaries"] == [1, 3]
+    assert [step for step, stage in stages if stage == "grpo/save"] == [1, 2, 3]
+
+
+def test_time_left_is_wall_time(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(grpo, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def passes(seconds: float) -> list[dict]:
+        now[0] += seconds
+        return [{"refusal": False}]
+
+    settings = load_settings("tiny", canary_steps=4, save_steps=2)
+    about = (settings, tmp_path, None, None, None, None, {}, lambda: passes(8))
+    s = grpo._Session(*about)
+    for step in range(8):
+        passes(0.5)  # between the steps
+        grpo._begin(s, step)
+        for name, seconds in (("generate", 5), ("judge", 2)):
+            with s.phase(name):
+                passes(seconds)
+        passes(3)
+        grpo._times(s, step + 1, 0.0)
+        s.spent = {}
+        if step % 2:
+            passes(4)
+            s.spent["save"] = 4.0
+    assert s.phases[0] == {"generate": 5.0, "judge": 2.0, "train": 3.0, "canaries": 2.0}
+    assert s.phases[1:] == [{**s.phases[0], "train": 3.5}] + [{**s.phases[0], "train": 3.5, "save": 2.0}] * 6
+    assert math.fsum(s.phases[-1].values()) == (now[0] - 100.5 + 0.5) / 8
+    rows = list(read_jsonl(tmp_path / "timings.jsonl"))
+    assert [r["seconds"] for r in rows if r["stage"] == "grpo/canaries"] == [8.0, 8.0]
+
+
+def test_peaks_are_those_of_the_phases(tmp_path, monkeypatch):
+    import torch
+
+    gpu = SimpleNamespace(most=99)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: gpu.most)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: setattr(gpu, "most", 1))
+    s = grpo._Session(load_settings("tiny"), tmp_path, None, None, None, None, {}, None)
+    grpo.new_peak()  # as after the dry step
+    grpo._begin(s, 0)
+    for before, name, inside in ((10, "generate", 30), (12, "judge", 20)):  # log-probs stand between the two
+        gpu.most = before
+        with s.phase(name):
+            gpu.most = inside
+    gpu.most = 11
+    grpo._times(s, 1, 0.0)
+    s.spent, s.peaks, gpu.most = {}, {}, 40
+    grpo._times(s, 2, 0.0)  # a step that uses completions again
+    found = {(r["step"], r["stage"][5:]): r.get("peak") for r in read_jsonl(tmp_path / "timings.jsonl")}
+    assert found == {
+        **{(1, "generate"): 30, (1, "judge"): 20, (1, "train"): 12},
+        **{(2, "generate"): None, (2, "judge"): None, (2, "train"): 40},
+    }
+
+
 # ---- what belongs to a run
 
 
@@ -433,8 +605,8 @@ def model():
     return micro_model(load_settings("tiny", **MICRO))
 
 
-def resumed(model, run, settings, rubric=RUBRIC, prompts=PROMPTS, resume=True):
-    judge = StubJudge()
+def resumed(model, run, settings, rubric=RUBRIC, prompts=PROMPTS, resume=True, judge=None):
+    judge = judge or StubJudge()
     judge.rubric = rubric
     train_grpo(*model, judge, prompts, settings, run, lambda row: None, resume=resume)
 
@@ -445,7 +617,7 @@ OTHER = Rubric("other", RUBRIC.principles, cap="")
 @pytest.mark.parametrize("key, value", [("lr", 2e-3), ("kl", 0.2), ("group_size", 6), ("seed", 1), ("alpha", 2)])
 def test_a_changed_setting_is_named(model, tmp_path, key, value):
     settings = load_settings("tiny", **PLAIN)
-    sealed(tmp_path, run_identity(model[0], RUBRIC, PROMPTS, settings))
+    sealed(tmp_path, run_identity(model[0], StubJudge(), PROMPTS, settings))
     with pytest.raises(UserError, match=f"cannot resume: {key} was .*, now {value}"):
         resumed(model, tmp_path, settings.replace(**{key: value}))
 
@@ -454,7 +626,7 @@ def test_a_changed_rubric_prompt_or_start_is_named(model, tmp_path):
     import torch
 
     settings = load_settings("tiny", **PLAIN)
-    sealed(tmp_path, run_identity(model[0], RUBRIC, PROMPTS, settings))
+    sealed(tmp_path, run_identity(model[0], StubJudge(), PROMPTS, settings))
     with pytest.raises(UserError, match="rubric version was"):
         resumed(model, tmp_path, settings, rubric=OTHER)
     with pytest.raises(UserError, match="prompts was"):
@@ -468,10 +640,101 @@ def test_a_changed_rubric_prompt_or_start_is_named(model, tmp_path):
         weight -= 1
 
 
+class NamedJudge(StubJudge):
+    "A judge that says what text it asks with and which weights answer."
+
+    def __init__(self, version: str = "text 1", weights: str = "weights 1"):
+        super().__init__()
+        self.version, self.engine = version, SimpleNamespace(identity=lambda: {"spec": "hf:m", "weights": weights})
+
+
+@pytest.mark.parametrize("now", [{"version": "text 2"}, {"weights": "weights 2"}])
+def test_another_judge_behind_the_same_setting_is_named(model, tmp_path, now):
+    settings = load_settings("tiny", **PLAIN)
+    sealed(tmp_path, run_identity(model[0], NamedJudge(), PROMPTS, settings))
+    with pytest.raises(UserError, match=r"cannot resume: judge itself was .*, now .*: resume as it began"):
+        resumed(model, tmp_path, settings, judge=NamedJudge(**now))
+
+
+def test_a_replaced_base_is_named(model, tmp_path, monkeypatch):
+    settings = load_settings("tiny", **PLAIN)
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_text(name)
+    monkeypatch.setattr(model[0].config, "_name_or_path", str(tmp_path / "old"))
+    sealed(tmp_path, run_identity(model[0], StubJudge(), PROMPTS, settings))
+    monkeypatch.setattr(model[0].config, "_name_or_path", str(tmp_path / "new"))
+    with pytest.raises(UserError, match=r"base weights was {'weights': .*, now {'weights': .*'precision': 'float32'}"):
+        resumed(model, tmp_path, settings)
+
+
+def test_another_revision_on_the_hub_is_named(model, tmp_path, monkeypatch):
+    settings = load_settings("tiny", **PLAIN)
+    monkeypatch.setattr("qalign.engine._revision", lambda *model: "aaaa")
+    sealed(tmp_path, run_identity(model[0], StubJudge(), PROMPTS, settings))
+    monkeypatch.setattr("qalign.engine._revision", lambda *model: "bbbb")
+    with pytest.raises(UserError, match=r"base weights was {'revision': 'aaaa'.*, now {'revision': 'bbbb'"):
+        resumed(model, tmp_path, settings)
+
+
+def test_a_checkpoint_of_an_older_version_is_taken_up(model):
+    now = run_identity(model[0], NamedJudge(), PROMPTS, load_settings("tiny", **PLAIN))
+    grpo._same({k: v for k, v in now.items() if k not in ("judge itself", "base weights", "rollout")}, now)
+    with pytest.raises(UserError, match="cannot resume: gone was 1, now not there"):
+        grpo._same({**now, "gone": 1}, now)
+
+
+@pytest.mark.parametrize("who", ["self", "tuned"])
+def test_a_judge_is_the_same_in_a_resumed_process(tmp_path, who):
+    "It says nothing of the policy's adapter, which training moves."
+    import torch
+    from peft import LoraConfig
+
+    from qalign import tune
+    from qalign.bench import shape_engine
+    from qalign.engine import HFEngine
+    from qalign.judge import Judge
+
+    made = tune._attach(shape_engine("micro", "fp32"), LoraConfig(r=2, target_modules=["q_proj"]), "judge-made")
+    made.fingerprint = tune._fingerprint(tune._weights(made))
+    folder, settings = tune.save_judge(made, tmp_path / "judge", {}), load_settings("tiny", **MICRO)
+
+    def process(nudge: float) -> dict:
+        policy, tokenizer = micro_model(settings)
+        with torch.no_grad():
+            for p in policy.parameters():
+                if p.requires_grad:
+                    p += nudge
+        own = HFEngine(policy, tokenizer)
+        judge = Judge(RUBRIC, own.base() if who == "self" else tune.load_judge(own, folder))
+        return run_identity(policy, judge, PROMPTS, settings)
+
+    one, two, moved = process(0.0), process(0.0), process(0.5)
+    assert one == two and one["judge itself"] and json.loads(json.dumps(one)) == one
+    assert {k for k in one if one[k] != moved[k]} == {"start adapter"}
+
+
+def test_servers_and_vllm_say_who_they_are(model):
+    from qalign.judge import Judge
+    from qalign.server import ServerEngine
+    from qalign.vllm_engine import VLLMEngine
+
+    def told(engine) -> str:
+        return run_identity(model[0], Judge(RUBRIC, engine), PROMPTS, load_settings("tiny"))["judge itself"]
+
+    def vllm(revision: str):
+        config = SimpleNamespace(dtype="torch.bfloat16", model="m/m", hf_config=SimpleNamespace(_commit_hash=revision))
+        return VLLMEngine(SimpleNamespace(llm_engine=SimpleNamespace(model_config=config)), None, "vllm:m/m")
+
+    servers = [ServerEngine(m, "http://h/v1") for m in ("a", "a", "b")]
+    for one, again, other in (servers, [vllm(r) for r in ("r1", "r1", "r2")]):
+        assert told(one) == told(again) != told(other)
+
+
 def test_what_only_watches_may_change(model):
     settings = load_settings("tiny", **PLAIN)
     free = settings.replace(save_steps=5, report_to="wandb", stop_kl=0.5, eval_trials=3, sft_epochs=9, canary_steps=1)
-    who = [run_identity(model[0], RUBRIC, PROMPTS, s) for s in (settings, free)]
+    who = [run_identity(model[0], StubJudge(), PROMPTS, s) for s in (settings, free)]
     assert who[0] == who[1]
 
 
@@ -487,7 +750,7 @@ def test_a_start_is_the_same_in_16_bits_and_over_the_disk(model, tmp_path):
 
 def test_a_second_start_in_the_same_folder_is_refused(model, tmp_path):
     settings = load_settings("tiny", **PLAIN)
-    sealed(tmp_path, run_identity(model[0], RUBRIC, PROMPTS, settings))
+    sealed(tmp_path, run_identity(model[0], StubJudge(), PROMPTS, settings))
     with pytest.raises(UserError, match="holds checkpoint-2: resume, or remove"):
         resumed(model, tmp_path, settings, resume=False)
 
@@ -686,7 +949,7 @@ def test_the_reward_reads_the_environment(monkeypatch, tmp_path):
 
     loaded = []
     monkeypatch.setattr("qalign.engine.load_engine", lambda spec, quantization: loaded.append(spec) or "engine")
-    monkeypatch.setattr("qalign.judge.Judge", lambda rubric, engine, *how: StubJudge())
+    monkeypatch.setattr("qalign.judge.Judge", lambda rubric, engine, *how, **more: StubJudge())
     monkeypatch.setenv("QALIGN_PRESET", "tiny")
     monkeypatch.setenv("QALIGN_JUDGE", "self")
     monkeypatch.setenv("QALIGN_RUN", str(tmp_path))

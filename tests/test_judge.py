@@ -372,13 +372,11 @@ def test_skipped_grades_count_in_the_share_that_failed() -> None:
 @given(rubrics, st.integers(0, 10**6), st.floats(0, 0.6))
 def test_gates_first_changes_no_part_of_the_score_where_some_failed(rubric: Rubric, salt: int, share: float) -> None:
     both = [
-        Judge(rubric, Stub(rubric, flaky(str(salt), share)), gates_first=g, max_failed=1, abort=1).score_many(
-            pairs_of(2)
-        )
+        Judge(rubric, Stub(rubric, flaky(str(salt), share)), gates_first=g, abort=1).score_many(pairs_of(2))
         for g in (True, False)
     ]
     for a, b in zip(*both, strict=True):
-        assert replace(a.score, failed=0) == replace(b.score, failed=0) and a.score.failed <= b.score.failed
+        assert a.score == b.score
 
 
 def thirds(prompt: str, response: str, q: Question) -> Answer:
@@ -906,12 +904,20 @@ def test_version() -> None:
         ({"mode": None}, "expected mode to be direct or reasoned, got None"),
         ({"layout": "first"}, "expected layout to be response_first or rubric_first, got 'first'"),
         ({"mode": "reasoned", "layout": "rubric_first"}, "a reasoned judge reads one question at a time: use layout"),
+        ({"mode": "reasoned", "scores": "expected"}, "a reasoned judge writes labels without probabilities"),
     ],
 )
 def test_bad_ways_are_said_in_one_line(way: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         Judge(RUBRIC, Stub(RUBRIC, fixed()), **way)
     assert "\n" not in str(caught.value)
+
+
+def test_flat_pooling_asks_every_question() -> None:
+    closed = fixed(p0d0_g0="FALSE")
+    cards = [Judge(RUBRIC, Stub(RUBRIC, closed), pooling=p).score("p", ["r"])[0] for p in ("program", "flat")]
+    assert len(cards[0].verdicts) < len(cards[1].verdicts) == len(RUBRIC.questions)
+    assert cards[1].score == pool(RUBRIC, cards[1].verdicts, pooling="flat") != cards[0].score
 
 
 def test_rubric_first_needs_an_engine_that_keeps_questions() -> None:

@@ -2,13 +2,14 @@
 
 import math
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qalign.core import UserError, append_jsonl, load_settings
+from qalign.core import UserError, append_jsonl, load_settings, write_json
 from qalign.judge import Scorecard
 from qalign.monitor import (
     RULES,
@@ -154,6 +155,17 @@ def test_a_group_without_form_or_score_names_nothing():
     assert saturated(mute) == saturated(formless) == {"all_good": [], "all_bad": []}
 
 
+def test_who_was_asked_nothing_has_no_say():
+    bad = [record("b", "FFA", -2.0), record("b", "AAA", -2.0, ok=False), record("b", "FBA", -2.0)]
+    assert saturated(bad) == {"all_good": [], "all_bad": ["q0"]}
+
+
+def test_a_group_whose_labels_give_no_reward_is_neither():
+    shy = [replace(record("a", "AAA", 1.0), hard_reward=None, hard_r2=None) for _ in range(2)]
+    assert saturated(shy) == {"all_good": [], "all_bad": []}
+    assert saturated([shy[0], record("a", "AAA", 1.0)]) == {"all_good": [], "all_bad": []}
+
+
 def test_named_questions_are_shown_and_counted():
     names = {"all_good": [f"q{i}" for i in range(7)]}
     (alarm,) = alarms(changed("all_good", 0.9), names=names)
@@ -201,13 +213,33 @@ def test_an_alarm_is_reported_once_until_it_is_silent():
 # ---- line and figure
 
 
-def test_the_line_has_phases_and_time_left():
-    phases = [{"generate": 6.0, "judge": 2.0, "train": 2.0}] * 3
+def test_the_line_has_a_bar_phases_and_time_left():
+    phases = [{"generate": 5.0, "judge": 2.0, "train": 2.0, "canaries": 0.0, "save": 1.0}] * 3
     line = progress_line({"step": 3, "r1": 0.1, "reward": None, "kl": 0.0123}, 63, phases)
-    assert line == "step 3 of 63: R1 0.10 · KL 0.01 · 10 s a step (generate 60 %, judge 20 %, train 20 %) · 10 min left"
-    assert progress_line({"step": 1}, 2, []) == "step 1 of 2: "
+    split = "generate 50 %, judge 20 %, train 20 %, save 10 %"
+    assert line == f"step 3 of 63: {'╸':─<20} · R1 0.10 · KL 0.01 · 10 s a step ({split}) · 10 min left"
+    assert progress_line({"step": 1}, 2, []) == f"step 1 of 2: {'━' * 10}{'─' * 10}"
     slow = progress_line({"step": 1}, 101, [{"train": 3600.0}])
     assert "60 min a step" in slow and "100 h 00 min left" in slow
+
+
+@CALM
+@given(st.integers(1, 1000), st.integers(0, 1000))
+def test_the_bar_has_one_width_and_grows(total, step):
+    bars = [progress_line({"step": n}, total, []).split(": ")[1] for n in (0, min(step, total), total)]
+    assert [len(b) for b in bars] == [20] * 3 and (bars[0], bars[2]) == ("─" * 20, "━" * 20)
+    half = 2 * bars[1].count("━") + bars[1].count("╸")
+    assert bars[1].lstrip("━").lstrip("╸").strip("─") == "" and half == 40 * min(step, total) // total
+
+
+@pytest.mark.parametrize("encoding, plain", [("utf-8", False), (None, False), ("ascii", True), ("cp1252", True)])
+def test_a_stream_that_cannot_write_the_bar_gets_a_plain_one(monkeypatch, encoding, plain):
+    monkeypatch.setattr("sys.stdout", SimpleNamespace(encoding=encoding))
+    line = progress_line({"step": 3, "kl": 0.5}, 8, [{"train": 2.0}])
+    assert line.isascii() == plain and len(line) == len("step 3 of 8: ") + 20 + len(
+        " | KL 0.50 | 2 s a step (train 100 %) | 10 s left"
+    )
+    assert not plain or line.startswith("step 3 of 8: =======-" + "." * 12 + " | KL 0.50")
 
 
 def test_the_figure_draws_from_the_record_alone(tmp_path):
@@ -224,6 +256,19 @@ def test_the_figure_draws_from_the_record_alone(tmp_path):
     drawn = [ax for ax in figure.axes if ax.lines]
     assert len(drawn) == 7 and list(drawn[0].lines[0].get_ydata()) == [0.1] * 9
     assert len(live_panel(tmp_path / "metrics.jsonl").axes) == len(figure.axes)
+
+
+def test_the_headline_weighs_the_noise_that_the_run_was_told(tmp_path):
+    for row in ROWS:
+        append_jsonl(tmp_path / "metrics.jsonl", {"stage": "grpo", **row})
+    for noise, said in ((0.0, "no alarm"), (0.9, "no alarm"), (1.1, "alarms noise")):
+        settings = TINY.replace(judge_noise=noise)
+        write_json(tmp_path / "settings.json", {"settings": settings.to_dict()})
+        assert live_panel(tmp_path).get_suptitle() == f"GRPO after step 9: {said}"
+        monitor = Monitor(settings)
+        told = [a.rule for r in ROWS for a in monitor.add(r)]
+        assert told == ["noise"] * (said != "no alarm")
+    assert live_panel(tmp_path / "metrics.jsonl").get_suptitle() == "GRPO after step 9: alarms noise"
 
 
 def test_a_figure_of_one_row_and_few_numbers(tmp_path):

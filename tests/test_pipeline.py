@@ -5,6 +5,7 @@ import hashlib
 import inspect
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from typing import Any
 import pytest
 
 from qalign import pipeline
-from qalign.core import UserError, load_settings, read_jsonl
+from qalign.core import Settings, UserError, load_settings, read_jsonl, write_json
 from qalign.grpo import train_grpo
 from qalign.pipeline import make_plan, open_folder
 from qalign.reward import read_credit, replay
@@ -59,10 +60,10 @@ def until(process, path):
         time.sleep(0.05)
 
 
-def digest(run):
+def digest(run, *models):
     "Everything a run computed, by content: numbers, texts, verdicts and weights."
     names = ["metrics.jsonl", "records.jsonl", "traces.jsonl", "adapter/adapter_model.safetensors"]
-    names += [f"eval/{m}.jsonl" for m in ("start", "sft", "grpo")]
+    names += [f"eval/{m}.jsonl" for m in models or ("start", "sft", "grpo")]
     return {n: hashlib.sha256((run / n).read_bytes()).hexdigest() for n in names}
 
 
@@ -142,7 +143,12 @@ def test_memory_that_runs_out_is_one_line(tmp_path):
 
     with pytest.raises(pipeline.Stopped) as stop, pipeline._stage("start", pipeline.Folder(tmp_path)):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-    assert str(stop.value).startswith("stopped in stage start: memory ran out: give another --out with a lower ")
+    said = "memory ran out: give another --out with a lower generate_batch, micro_batch, judge_rows"
+    assert str(stop.value) == f"stopped in stage start: {said}, judge_chunk or eval_tokens"
+    finished(tmp_path, "start")
+    with pytest.raises(pipeline.Stopped) as stop, pipeline._stage("sft", pipeline.Folder(tmp_path)):
+        raise torch.OutOfMemoryError
+    assert str(stop.value) == f"stopped in stage sft: {said} or judge_chunk, and --from {tmp_path}"
     with pytest.raises(ZeroDivisionError), pipeline._stage("start", pipeline.Folder(tmp_path)):
         raise ZeroDivisionError
 
@@ -154,13 +160,82 @@ def test_a_misspelt_stage_leaves_no_folder(until, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-def test_several_processes_before_grpo_leave_no_folder(tmp_path, monkeypatch):
+def finished(run: Path, *stages: str) -> None:
+    for stage in stages:
+        write_json(run / "stages" / f"{stage}.json", {})
+
+
+def test_several_processes_make_grpo_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "world_size", lambda: 2)
-    assert "several processes share the stage grpo alone" in message(pipeline.run, TINY, tmp_path / "x")
+    said = "several processes share the stage grpo alone: "
+    for options in ({}, {"until": "grpo"}):
+        first = message(pipeline.run, TINY, tmp_path / "x", **options)
+        assert first == said + "make those before it in one process, --until after_sft"
     assert not (tmp_path / "x").exists()
+    finished(tmp_path / "x", *pipeline.STAGES[:4])
+    assert message(pipeline.run, TINY, tmp_path / "x") == said + "add --until grpo"
+    assert pipeline._todo(pipeline.Folder(tmp_path / "x"), "grpo") == ["grpo"]
+    finished(tmp_path / "x", "grpo")
+    assert message(pipeline.run, TINY, tmp_path / "x") == said + "go on in one process"
 
 
-FREE = {"report_to": "tensorboard", "save_steps": 3, "stop_kl": 0.5, "stop_unscored": 0.25, "stop_truncated": 0.5}
+def test_a_canary_without_a_score_has_no_helpfulness(monkeypatch):
+    told = ((0.5, {"helpfulness": 0.4}), (None, {"helpfulness": -1.0}), (-1.0, {}))
+    rows = [{"refusal": False, "r_answer": base, "principles": left} for base, left in told]
+    monkeypatch.setattr(pipeline, "evaluate", lambda *how: rows)
+    plan: Any = SimpleNamespace(prompts={"canaries": ["one"]}, settings=TINY.replace(canary_steps=1))
+    nothing: Any = None
+    ask = pipeline.Run(plan, nothing, nothing)._canaries(nothing, nothing)
+    assert ask is not None and [r["helpfulness"] for r in ask()] == [0.4, None, None]
+
+
+def test_all_is_checked_before_anything_is_shown(tmp_path):
+    told: list[Any] = []
+    for change in ({"until": "end"}, {"prompts": "nowhere.txt"}, {"settings": TINY.replace(rollout="vlm")}):
+        message(pipeline.run, **{"settings": TINY, "out": tmp_path / "x", "begin": told.append, **change})
+    assert told == [] and not (tmp_path / "x").exists()
+
+
+def test_the_engine_of_a_run_has_the_sizes_of_its_settings(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "load_model", lambda *how: (None, None))
+    for given, batch in ((4, 4), (0, 32), (80, 32)):
+        engine = pipeline.Policy(TINY.replace(judge_rows=3, generate_batch=given), tmp_path).get()
+        assert (engine.rows, engine.batch, engine.base().rows) == (3, batch, 3)
+
+
+def test_what_a_stage_held_on_a_gpu_is_noted(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "new_peak", lambda: 7)
+    for name in ("start", "grpo"):
+        pipeline._finish(pipeline.Folder(tmp_path), name, 1.0, {})
+    start, grpo = read_jsonl(tmp_path / "timings.jsonl")
+    assert start == {"stage": "start", "seconds": 1.0, "peak": 7} and "peak" not in grpo
+
+
+def test_a_run_of_a_version_with_fewer_settings_is_taken_up(tmp_path):
+    open_folder(tmp_path / "x", make_plan(TINY))
+    about = json.loads((tmp_path / "x" / "settings.json").read_text())
+    for key in ("judge_rows", "optimizer"):
+        del about["settings"][key]
+    write_json(tmp_path / "x" / "settings.json", about)
+    said = message(open_folder, tmp_path / "x", make_plan(TINY.replace(judge_rows=4)), resume=True)
+    assert "holds a run with another judge_rows (8, now 4)" in said
+    open_folder(tmp_path / "x", make_plan(TINY), resume=True)
+    assert json.loads((tmp_path / "x" / "settings.json").read_text())["settings"] == TINY.to_dict()
+
+
+def test_what_a_kill_left_of_the_first_record_is_nothing(tmp_path):
+    (tmp_path / ".settings.json.a1b2").write_text('{"sett')
+    folder = open_folder(tmp_path, make_plan(TINY), resume=True)
+    assert [p.name for p in folder.path.iterdir()] == ["settings.json"]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / ".settings.json.a1b2").write_text("")
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    assert "is not empty and holds no run" in message(open_folder, tmp_path / "other", make_plan(TINY))
+    assert len(list((tmp_path / "other").iterdir())) == 2
+
+
+FREE = {"report_to": "tensorboard", "save_steps": 3, "judge_noise": 0.5, "stop_kl": 0.5, "stop_unscored": 0.25}
+FREE |= {"stop_truncated": 0.5}
 
 
 def test_what_a_resume_may_change(tmp_path, monkeypatch):
@@ -171,7 +246,7 @@ def test_what_a_resume_may_change(tmp_path, monkeypatch):
         set(FREE)
         == set(pipeline._FREE)
         == {k for k in TINY.to_dict() if k.startswith("stop_")}
-        | {k for k in ("report_to", "save_steps") if k in grpo._FREE}
+        | {k for k in ("report_to", "save_steps", "judge_noise") if k in grpo._FREE}
     )
     record = tmp_path / "x" / "settings.json"
     open_folder(tmp_path / "x", make_plan(TINY))
@@ -188,8 +263,11 @@ def test_what_a_resume_may_change(tmp_path, monkeypatch):
         assert record.read_bytes() == was
     for key, value in {"canary_steps": 2, "judge_cache": "off", "eval_trials": 2, "sft_epochs": 1}.items():
         other = make_plan(TINY.replace(**{key: value}))
-        assert f"holds a run with another {key} (" in message(open_folder, tmp_path / "x", other, resume=True)
+        said = message(open_folder, tmp_path / "x", other, resume=True)
+        assert f"holds a run with another {key} (" in said and "give another --out, or run it as it was" in said
     assert record.read_bytes() == was
+    said = message(open_folder, tmp_path / "x", make_plan(TINY.replace(lr=1e-5)), resume=True)
+    assert said.endswith(f"give another --out with --from {tmp_path / 'x'}, or run it as it was")
 
 
 def test_callbacks_reach_the_trainer(tmp_path, monkeypatch):
@@ -231,6 +309,124 @@ def test_a_writer_of_its_own_is_gone_after_the_records(tmp_path, monkeypatch):
         assert here[0]() is None
     finally:
         gc.enable()
+
+
+# --- from another run, with a model of the micro shape
+
+
+@pytest.fixture(scope="module")
+def micro(tmp_path_factory):
+    "Settings that make a run of seconds."
+    return load_settings("tiny", **micro_options(save_micro(tmp_path_factory.mktemp("model"))))
+
+
+def save_micro(folder: Path) -> Path:
+    "A model of the micro shape on disk."
+    from qalign.bench import shape_engine
+
+    engine = shape_engine("micro", "none")
+    engine.model.save_pretrained(folder)
+    engine.tokenizer.save_pretrained(folder)
+    return folder
+
+
+def micro_options(model: Path) -> dict[str, Any]:
+    "Overrides of the preset tiny that make a run of seconds."
+    small = dict(zip([m[2:].replace("-", "_") for m in MICRO[::2]], MICRO[1::2], strict=True))
+    return small | {"model": f"hf:{model}", "quantization": "none", "judge": "self", "judge_cache": "on", "lr": 1e-3}
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def before(micro, tmp_path_factory):
+    "A run up to GRPO, and the settings that were read."
+    out, read = tmp_path_factory.mktemp("runs") / "before", set[str]()
+
+    class Watched(Settings):
+        def __getattribute__(self, name):
+            if not name.startswith("_"):
+                read.add(name)
+            return super().__getattribute__(name)
+
+        def to_dict(self):  # for the record of the run: every key
+            known = set(read)
+            found = super().to_dict()
+            read.intersection_update(known)
+            return found
+
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(pipeline, "check_grpo", lambda settings, prompts: None)  # decides nothing
+        m.setattr(pipeline, "check_rollout", lambda settings: None)  # likewise
+        m.setattr(pipeline, "_doubts", lambda settings: [])  # says it, decides nothing
+        pipeline.run(Watched(**micro.to_dict()), out, say=quiet, until="after_sft")
+    return out, read
+
+
+def test_what_may_differ_is_not_read_before_grpo(before):
+    assert {"temperature", "completion_tokens", "sft_lr", "eval_tokens", "scores", *pipeline._SIZES} <= before[1]
+    paid = {"alpha", "beta"}  # the column `reward` of the evaluation
+    assert before[1] & set(pipeline._LATER) == {*paid, *pipeline._SIZES}
+
+
+def test_a_run_from_another_is_the_run_it_would_be_on_its_own(before, micro, tmp_path):
+    changed, old, said = micro.replace(alpha=2, lr=5e-4, grpo_steps=1), before[0], list[str]()
+    pipeline.run(changed, tmp_path / "own", say=quiet, until="grpo")
+    was = digest(tmp_path / "own", "start", "sft")
+    pipeline.run(changed, tmp_path / "new", say=said.append, until="grpo", source=old)
+    assert digest(tmp_path / "new", "start", "sft") == was
+    assert said[0] == f"note: start, records, sft, after_sft are those of {old}"
+    assert [line[:5] for line in said if line.startswith("[")] == ["[5/7]"]
+    record = json.loads((tmp_path / "new" / "settings.json").read_text())
+    differ = {"alpha": 10.0, "lr": 1e-3, "grpo_steps": 2}
+    assert record["from"] == {"run": "before", "stages": list(pipeline.STAGES[:4]), "settings": differ, "from": None}
+    assert record["settings"] == changed.to_dict()
+    said = []
+    pipeline.run(changed, tmp_path / "new", resume=True, say=said.append, until="grpo", source=old)
+    assert not said and json.loads((tmp_path / "new" / "settings.json").read_text()) == record
+
+
+def test_stages_that_are_not_finished_are_not_taken(before, micro, tmp_path):
+    half, said = tmp_path / "half", list[str]()
+    shutil.copytree(before[0], half)
+    for name in ("sft", "after_sft"):
+        (half / "stages" / f"{name}.json").unlink()
+    pipeline.begin_from(half, tmp_path / "new", make_plan(micro.replace(micro_batch=1)), said.append)
+    assert said == [f"note: start, records are those of {half}, made with micro_batch {micro.micro_batch}"]
+    left = {str(p.relative_to(tmp_path / "new")) for p in (tmp_path / "new").rglob("*") if p.is_file()}
+    assert left == {
+        *("settings.json", "metrics.jsonl", "timings.jsonl", "verdicts.sqlite", "eval/start.jsonl"),
+        *("records.jsonl", "records-journal.jsonl", "sft-dataset.jsonl", "stages/start.json", "stages/records.json"),
+    }
+    parts = {r["part"] for r in read_jsonl(tmp_path / "new" / "metrics.jsonl")}
+    assert parts == {"start"} and {r["part"] for r in read_jsonl(half / "metrics.jsonl")} > parts
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"sft_lr": 0.5}, r"holds a run with another sft_lr \(0.001, now 0.5\), read before GRPO: leave out --from"),
+        ({"canary_steps": 1}, r"another canary_steps \(0, now 1\), read before GRPO"),
+        ({"lost": "eval/sft.jsonl"}, "has lost eval/sft.jsonl: restore it, or leave out --from"),
+        ({"lost": "settings.json"}, "holds no run: give --from the folder of one"),
+        ({"lost": "stages"}, "has finished no stage before GRPO: leave out --from"),
+        ({"filled": True}, "is not empty and holds no run: give another --out"),
+    ],
+)
+def test_what_cannot_be_taken_over_is_one_line_and_leaves_nothing(before, micro, tmp_path, change, says):
+    old, new = tmp_path / "old", tmp_path / "new"
+    shutil.copytree(before[0], old)
+    if lost := change.get("lost"):
+        shutil.rmtree(old / lost) if (old / lost).is_dir() else (old / lost).unlink()
+    if change.get("filled"):
+        finished(new, "mine")
+    there = sorted(tmp_path.rglob("*"))
+    settings = micro.replace(**{k: v for k, v in change.items() if k not in ("lost", "filled")})
+    with pytest.raises(UserError, match=says):
+        pipeline.run(settings, new, say=quiet, source=old)
+    assert sorted(tmp_path.rglob("*")) == there
 
 
 # --- with the embedded model

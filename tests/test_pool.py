@@ -119,7 +119,23 @@ def reference_hard(rubric: Rubric, verdicts: list[Verdict], max_failed: float) -
     for d in rubric.dimensions:
         points = [x for q in d.questions if (x := POINTS[label.get(q.id)]) is not None]
         dims[d.name] = (min(points), 1) if points else (0, 0)
-    return combine(rubric, dims, sum(v.status == "failed" for v in verdicts) / len(rubric.questions), max_failed)
+    return combine(rubric, dims, mute_share(rubric, verdicts, "hard"), max_failed)
+
+
+def surely_failed(verdict: Verdict, mode: str) -> bool:
+    if verdict.status == "failed":
+        return False
+    return verdict.label == "FALSE" if mode == "hard" else (verdict.probs or {verdict.label: 1.0}).get("FALSE", 0) >= 1
+
+
+def mute_share(rubric: Rubric, verdicts: list[Verdict], mode: str) -> float:
+    "Share of failed verdicts; what stands behind a gate that surely failed is settled."
+    by_id = {v.question_id: v for v in verdicts}
+    mute = {v.question_id for v in verdicts if v.status == "failed"}
+    for d in rubric.dimensions:
+        if any(surely_failed(by_id[q.id], mode) for q in d.gates):
+            mute -= {q.id for q in d.graded}
+    return len(mute) / len(rubric.questions)
 
 
 def reference_expected(rubric: Rubric, verdicts: list[Verdict], max_failed: float) -> Score:
@@ -140,7 +156,7 @@ def reference_expected(rubric: Rubric, verdicts: list[Verdict], max_failed: floa
             if points:
                 value, weight = value + p * float(min(points)), weight + p
         dims[d.name] = (value, weight)
-    return combine(rubric, dims, sum(v.status == "failed" for v in verdicts) / len(rubric.questions), max_failed)
+    return combine(rubric, dims, mute_share(rubric, verdicts, "expected"), max_failed)
 
 
 def flat(score: Score) -> list[float | None]:
@@ -279,7 +295,10 @@ def test_not_applicable_and_failed_answers_change_nothing(mode, kind, status):
         more = [*verdicts, Verdict("extra", "NA" if status == "na" else None, None, status)]
         before, after = pool(rubric, verdicts, mode, 1), pool(larger, more, mode, 1)
         assert flat(before) == flat(after)
-        assert status == "na" or after.failed > before.failed or before.failed == 1
+        gates = [v for v in verdicts if v.question_id in {q.id for q in old.gates}]
+        settled = kind == "graded" and any(surely_failed(v, mode) for v in gates)
+        more_failed = after.failed > before.failed or before.failed == 1
+        assert more_failed if status == "failed" and not settled else after.failed <= before.failed
 
 
 @pytest.mark.parametrize("mode", ["hard", "expected"])
@@ -315,9 +334,63 @@ def test_gates_first_gives_the_same_score(mode):
         rubric = random_rubric(rng)
         verdicts = random_verdicts(rng, rubric)
         fewer = skip_behind_failed_gates(rubric, verdicts)
-        assert flat(pool(rubric, fewer, mode, 1)) == flat(pool(rubric, verdicts, mode, 1))
+        assert pool(rubric, fewer, mode) == pool(rubric, verdicts, mode)
         skipped += len(verdicts) - len(fewer)
     assert skipped > 400
+
+
+def test_a_failed_verdict_behind_a_failed_gate_is_settled():
+    questions = (Question("g", "gate", "?"), Question("a", "graded", "?"), Question("b", "graded", "?"))
+    rubric = Rubric("one", (Principle("p", (Dimension("d", questions),)),), cap="")
+    mute = [Verdict(q, None, None, "failed", "no JSON") for q in ("a", "b")]
+    for verdicts in ([Verdict("g", "FALSE")], [Verdict("g", "FALSE"), *mute]):
+        for mode in ("hard", "expected"):
+            assert pool(rubric, verdicts, mode) == Score(-1.0, {"p": -1.0}, {"d": -1.0}, 0.0)
+    unsure = [Verdict("g", "FALSE", {"TRUE": 0.25, "FALSE": 0.75}), *mute]
+    assert pool(rubric, unsure).base == -1 and pool(rubric, unsure, "expected").failed == 2 / 3
+    assert pool(rubric, [Verdict("g", "TRUE"), *mute]).failed == 2 / 3
+
+
+# --- flat pooling
+
+
+WORTH = {**{k: float(v) for k, v in POINTS.items() if v is not None}, "TRUE": 1.0}
+
+
+@pytest.mark.parametrize("mode", ["hard", "expected"])
+def test_flat_pooling_is_the_mean_of_all_answers(mode):
+    rng = random.Random(12)
+    for _ in range(200):
+        rubric = random_rubric(rng)
+        verdicts = random_verdicts(rng, rubric)
+        verdicts = with_probs(rng, rubric, verdicts) if mode == "expected" else verdicts
+        got = pool(rubric, verdicts, mode, 1, "flat")
+        told = {v.question_id: (v.probs if mode == "expected" and v.probs else {v.label: 1.0}) for v in verdicts}
+
+        def mean(ids, told=told):
+            shares = [(WORTH[k], p) for q in ids for k, p in told[q].items() if k not in (None, "NA")]
+            mass = sum(p for _, p in shares)
+            return None if mass == 0 else sum(w * p for w, p in shares) / mass
+
+        assert got.base == pytest.approx(mean(told), abs=1e-12)
+        for p in rubric.principles:
+            assert got.principles[p.name] == pytest.approx(mean([q.id for d in p.dimensions for q in d.questions]))
+        for d in rubric.dimensions:
+            assert got.dimensions[d.name] == pytest.approx(mean([q.id for q in d.questions]))
+        assert got.failed == sum(v.status == "failed" for v in verdicts) / len(verdicts)
+        if mode == "expected":
+            certain = [dataclasses.replace(v, probs=None) for v in verdicts]
+            assert pool(rubric, certain, "expected", 1, "flat") == pool(rubric, certain, "hard", 1, "flat")
+
+
+def test_flat_pooling_needs_every_answer():
+    questions = (Question("g", "gate", "?"), Question("a", "graded", "?"))
+    rubric = Rubric("one", (Principle("p", (Dimension("d", questions),)),), cap="")
+    assert pool(rubric, [Verdict("g", "FALSE")]).base == -1
+    with pytest.raises(UserError, match="no verdict on 'a'"):
+        pool(rubric, [Verdict("g", "FALSE")], pooling="flat")
+    with pytest.raises(UserError, match="expected pooling to be program or flat, got 'median'"):
+        pool(rubric, [Verdict("g", "FALSE")], pooling="median")
 
 
 third = st.none() | st.floats(-1, 1)

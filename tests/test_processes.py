@@ -15,7 +15,8 @@ import zlib
 from pathlib import Path
 
 import pytest
-from test_grpo import MICRO, PROMPTS, RUBRIC, StubJudge, any_text_is_a_transcript, micro_model, sealed
+from test_grpo import MICRO, PROMPTS, StubJudge, any_text_is_a_transcript, micro_model, sealed
+from test_pipeline import micro_options, save_micro
 
 import qalign.grpo as grpo
 from qalign.core import UserError, append_jsonl, data_path, load_settings, read_jsonl
@@ -280,6 +281,38 @@ def test_the_shipped_configuration_launches_and_a_killed_process_ends_the_launch
     assert bit_equal(adapter(straight), adapter(run)) and repr(credit(straight)) == repr(credit(run))
 
 
+@pytest.mark.slow
+def test_the_command_line_is_launched_for_grpo_alone(tmp_path):
+    "The commands of the page: what comes before GRPO in one process, GRPO in two, evaluation and report in one."
+    run, env = tmp_path / "run", {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    pairs = micro_options(save_micro(tmp_path / "model")).items()
+    given = ["run", "--out", str(run), *(x for k, v in pairs for x in (f"--{k.replace('_', '-')}", str(v)))]
+    alone = [sys.executable, "-m", "qalign"]
+    told = subprocess.run([*alone, "launch-config", "ddp"], capture_output=True, text=True, check=True).stdout.strip()
+    config = ["--config_file", told, "--num_processes", "2", "--main_process_port", "0"]
+    two = [sys.executable, "-m", "accelerate.commands.launch", *config, "-m", "qalign"]
+
+    def qalign(start: list[str], *more: str) -> subprocess.CompletedProcess:
+        hidden = {"CUDA_VISIBLE_DEVICES": ""}
+        return subprocess.run([*start, *given, *more], capture_output=True, text=True, env=env | hidden, timeout=3600)
+
+    early = qalign(two, "--until", "grpo")
+    said = "several processes share the stage grpo alone: make those before it in one process, --until after_sft"
+    assert early.returncode != 0 and early.stderr.count(f"qalign: {said}\n") == 1 and not run.exists()
+    first = qalign(alone, "--until", "after_sft")
+    assert first.returncode == 0, first.stderr[-2000:]
+    shared = qalign(two, "--resume", "--until", "grpo")
+    assert shared.returncode == 0, shared.stderr[-2000:]
+    for line in ("[5/7] GRPO", "step 2 of 2: ", "stopped behind stage grpo, as asked"):
+        assert shared.stdout.count(line) == 1, shared.stdout
+    assert [r["step"] for r in rows(run, "metrics") if r["stage"] == "grpo"] == [1, 2]
+    assert [r["step"] for r in rows(run, "traces")] == [1, 1, 2, 2]  # a completion of each step from each process
+    about = json.loads((run / "trainer" / "checkpoint-2" / "checkpoint.json").read_text())
+    assert about["identity"]["processes"] == 2 and (run / "adapter" / "adapter_model.safetensors").exists()
+    last = qalign(alone, "--resume")
+    assert last.returncode == 0 and last.stdout.splitlines()[-1].startswith("done in "), last.stderr[-2000:]
+
+
 # ---- who is who
 
 
@@ -361,7 +394,7 @@ def test_a_step_that_cannot_be_shared_is_refused(second_of_three):
 def test_another_number_of_processes_does_not_resume(tmp_path):
     settings = load_settings("tiny", **SHARED)
     model, tokenizer = micro_model(settings)
-    mine = run_identity(model, RUBRIC, PROMPTS, settings)
+    mine = run_identity(model, StubJudge(), PROMPTS, settings)
     sealed(tmp_path, {**mine, "processes": 2})
     with pytest.raises(UserError, match="cannot resume: processes was 2, now 1"):
         train_grpo(model, tokenizer, StubJudge(), PROMPTS, settings, tmp_path, lambda row: None, resume=True)
@@ -412,7 +445,8 @@ def test_accelerate_reads_the_configurations(name):
 
     config = load_config_from_file(str(accelerate_config(name)))  # refuses an unknown key
     kinds = {"ddp": DistributedType.MULTI_GPU, "fsdp2": DistributedType.FSDP, "zero3": DistributedType.DEEPSPEED}
-    assert config.distributed_type == kinds[name] and config.mixed_precision == "bf16" and config.num_processes > 1
+    assert config.distributed_type == kinds[name] and config.num_processes > 1
+    assert config.mixed_precision == ("no" if name == "ddp" else "bf16")  # it would override what the run says
     told = ["--config_file", str(accelerate_config(name)), "--num_processes", "4", "train.py"]
     args, _, _ = _validate_launch_command(launch_command_parser().parse_args(told))
     assert args.num_processes == 4

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qalign import reliability
-from qalign.core import UserError, content_hash, data_path, read_jsonl
+from qalign.core import UserError, content_hash, data_path, load_settings, read_jsonl
 from qalign.engine import Answer, EngineError, HFEngine, Leads, Segment, Usage
 from qalign.fixtures import load_fixtures
 from qalign.judge import LABELS, Judge
@@ -32,14 +33,17 @@ from qalign.reliability import (
     load_groups,
     load_human_labels,
     noise_floor,
+    noise_line,
     other_precisions,
     paraphrase,
     reliability_figure,
     reliability_table,
+    reward_noise,
     run_reliability,
 )
+from qalign.reward import final_reward
 from qalign.rubric import Question, Rubric, load_rubric, select
-from qalign.stats import cohen_kappa
+from qalign.stats import FEW, cohen_kappa
 
 CALM = settings(derandomize=True, max_examples=60, deadline=None)
 CHECKS = ("retest", "order", "alone", "padded", "layout", "paraphrase", "reasoned")
@@ -197,6 +201,9 @@ def test_levels_unread_and_differences() -> None:
 def test_interval_is_drawn_over_responses() -> None:
     "Twenty questions about one response carry no more than one: copies of a response's answers do not narrow it."
     x, y = ["TRUE", "TRUE", "FALSE", "FALSE", "TRUE", "FALSE"], ["TRUE", "FALSE", "FALSE", "FALSE", "TRUE", "TRUE"]
+    few = agreement(rows(x), rows(y))[0]
+    assert few["kappa"] is not None and few["kappa_low"] is few["kappa_high"] is None  # six say nothing of the spread
+    x, y = 2 * x, 2 * y
     once = agreement(rows(x), rows(y))[0]
     many = agreement(
         [r for i in range(20) for r in rows(x, question=f"q{i}")],
@@ -536,7 +543,7 @@ def test_a_judge_that_knows_agrees_with_people() -> None:
     assert [r["question"] for r in out] == [i for i in ids for _ in range(2)]
     for r in out:
         assert (r["n"], r["partial"], r["unread"], r["labelled"]) == (8, 2, 0, 8)
-        assert r["auc"] == r["auc_low"] == r["auc_high"] == 1.0 and r["kappa"] == 1.0
+        assert r["auc"] == r["kappa"] == 1.0 and r["auc_low"] is r["kappa_low"] is None  # too few for an interval
     safe = human_agreement(ask_refusals(Stub(refusing), people(["compliance", "refusal"], unsafe=False), WHOLE))
     assert [r["n"] for r in safe if r["model"] == "all"] == [2, 0, 2, 0, 2, 2]  # withholding is for unsafe prompts
     assert all(r["auc"] is None and r["kappa"] is None for r in safe if r["reads"] == "withholds")
@@ -556,7 +563,7 @@ def test_auc_and_kappa_by_hand() -> None:
     # compliance .9 .4 .4, refusal .4 .1: wins 1+1, .5+1, .5+1 of 6
     told = [(c, 0.9, c), (c, 0.4, r), (c, 0.4, c), (r, 0.4, r), (r, 0.1, None), (r, None, None), ("partial", 0.5, c)]
     row = human_agreement(human_rows(told))[0]
-    assert math.isclose(row["auc"], 5 / 6) and row["auc_low"] <= 5 / 6 <= row["auc_high"]
+    assert math.isclose(row["auc"], 5 / 6) and row["auc_low"] is row["auc_high"] is None
     assert (row["n"], row["labelled"], row["unread"], row["partial"]) == (5, 4, 1, 1)
     assert math.isclose(row["kappa"], cohen_kappa([c, r, c, r], [c, c, c, r]))  # = 0.5
     one = human_agreement(human_rows([(c, 0.9, c), (c, 0.1, c)]))[0]
@@ -564,7 +571,7 @@ def test_auc_and_kappa_by_hand() -> None:
 
 
 @CALM
-@given(st.lists(st.tuples(st.sampled_from(["compliance", "refusal"]), st.integers(0, 4)), min_size=2, max_size=20))
+@given(st.lists(st.tuples(st.sampled_from(["compliance", "refusal"]), st.integers(0, 4)), min_size=2, max_size=40))
 def test_auc_is_the_share_of_comparisons_won(told: list[tuple[str, int]]) -> None:
     row = human_agreement(human_rows([(h, n / 4, h) for h, n in told]), n_boot=100)[0]
     good, bad = ([n for h, n in told if h == x] for x in ("compliance", "refusal"))
@@ -573,14 +580,14 @@ def test_auc_is_the_share_of_comparisons_won(told: list[tuple[str, int]]) -> Non
     else:
         want = sum((g > b) + 0.5 * (g == b) for g in good for b in bad) / (len(good) * len(bad))
         assert math.isclose(row["auc"], want)
-        assert (row["auc_low"] is None) == (min(len(good), len(bad)) < 2)  # one case on a side: no interval
+        assert (row["auc_low"] is None) == (min(len(good), len(bad)) < FEW)  # few cases on a side: no interval
         assert row["auc_low"] is None or 0 <= row["auc_low"] <= row["auc_high"] <= 1
 
 
 def test_pooled_intervals_are_drawn_over_prompts() -> None:
     "The same answers from three models carry no more than from one."
     c, r = "compliance", "refusal"
-    once = human_rows([(c, 0.9, c), (c, 0.3, r), (r, 0.4, r), (r, 0.1, r), (c, 0.6, c), (r, 0.7, c)])
+    once = human_rows(4 * [(c, 0.9, c), (c, 0.3, r), (r, 0.4, r), (r, 0.1, r), (c, 0.6, c), (r, 0.7, c)])
     many = [{**row, "model": m} for m in "xyz" for row in once]
     a, b = human_agreement(once)[0], human_agreement(many)[0]
     for k in ("auc", "auc_low", "auc_high", "kappa", "kappa_low", "kappa_high"):
@@ -636,6 +643,53 @@ def test_a_record_agrees_with_the_functions(tmp_path: Path) -> None:
     assert hard == {"check": "half", "scores": "hard"} | noise_floor(
         [p for p, _ in PAIRS], [c.score.base for c in first], [c.score.base for c in half]
     )
+
+
+@CALM
+@given(st.floats(-0.9, 0.9), st.floats(-0.9, 0.9), st.floats(0, 20), st.floats(0, 20), st.floats(0, 1))
+def test_the_noise_of_a_reward_is_the_steeper_side_of_its_formula(a, b, alpha, beta, noise) -> None:
+    "By the slopes of final_reward itself, in a place where the revision is better and in one where it is worse."
+    low, high, h, sides = min(a, b), max(a, b) + 0.01, 1e-3, []
+    for r1, r2 in ((low, high), (high, low)):
+        at = final_reward(r1, r2, alpha, beta)
+        by_r1 = (final_reward(r1 + h, r2, alpha, beta) - at) / h
+        by_r2 = (final_reward(r1, r2 + h, alpha, beta) - at) / h
+        sides.append(noise * math.hypot(by_r1, by_r2))
+    assert math.isclose(reward_noise(noise, alpha, beta), max(sides), rel_tol=1e-6, abs_tol=1e-9)
+
+
+def test_the_noise_of_judging_again_by_drawing() -> None:
+    rng = random.Random(0)
+    drawn_again = [final_reward(-0.5 + rng.gauss(0, 0.02), 0.5 + rng.gauss(0, 0.02)) for _ in range(20_000)]
+    assert math.isclose(statistics.stdev(drawn_again), reward_noise(0.02), rel_tol=0.02)
+
+
+def test_a_record_names_the_setting(tmp_path: Path) -> None:
+    run(tmp_path / "r", checks=("retest", "paraphrase"))
+    assert noise_line(tmp_path / "r") == "scores = hard: judge_noise = 0 (most in retest; alpha 10, beta 1)"
+    rows = [{"check": c, "scores": s, "noise": n} for c, s, n in NOISE]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reliability, "reliability_table", lambda out, part: rows)
+        said = "scores = expected: judge_noise = 0.284 (most in order; alpha 10, beta 1)"
+        assert noise_line("r", "expected") == said
+        assert noise_line("r", "expected", 0, 3) == said.replace("0.284", "0.0894").replace("10, beta 1", "0, beta 3")
+        assert noise_line("r", "hard") == "scores = hard: no judge_noise, no prompt has two scored responses"
+    number = float(said.split("judge_noise = ")[1].split()[0])
+    assert load_settings("tiny", judge_noise=number).judge_noise == number
+
+
+def test_the_command_prints_the_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    from qalign import cli
+
+    run(tmp_path / "r")
+    monkeypatch.setattr("qalign.engine.load_engine", lambda *how: Stub(drawn()))
+    monkeypatch.setattr(reliability, "run_reliability", lambda *how, **more: [])
+    cli.judge_reliability(labelled=0, precision="", out=tmp_path / "r", alpha=2.0)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("for the settings: ")]
+    assert said == [f"for the settings: {noise_line(tmp_path / 'r', s, 2.0)}" for s in ("hard", "expected")]
+
+
+NOISE = [("retest", "expected", 0.01), ("order", "expected", 0.02), ("half", "expected", 9.0), ("retest", "hard", None)]
 
 
 def test_a_killed_record_goes_on_and_ends_the_same(tmp_path: Path) -> None:
@@ -774,7 +828,11 @@ def test_the_figure_is_drawn(tmp_path: Path) -> None:
     run(tmp_path / "r")
     figure = reliability_figure(tmp_path / "r", title="t")
     left, right = figure.axes
-    assert len(left.lines) == 8 + 1 and [t.get_text() for t in right.get_yticklabels()][-1] == "retest"
+    labels = [str(line.get_label()) for line in left.lines]
+    named = [name for x in labels if not x.startswith("_") for name in x.partition(" (")[0].split(", ")]
+    assert sorted(named) == sorted({r["check"] for r in reliability_table(tmp_path / "r", "questions")})
+    assert [t.get_text() for t in right.get_yticklabels()][-1] == "retest"
+    assert figure.get_suptitle().startswith("t: ")
     figure.savefig(tmp_path / "f.png")
     run(tmp_path / "few", checks=("reasoned",), others={}, labels=())
     assert len(reliability_figure(tmp_path / "few").axes) == 2  # nothing to show on the right

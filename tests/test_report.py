@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from qalign import report
 from qalign.core import UserError, load_settings, write_json, write_jsonl
 from qalign.evaluate import summarize
 from qalign.report import figures, findings, read_run, trend, write_report
@@ -147,6 +148,18 @@ def test_figures(run):
             assert set(image.info) == {"dpi"}  # no software, no date
     once = {n: p.read_bytes() for n, p in paths.items()}
     assert once == {n: p.read_bytes() for n, p in figures(str(run)).items()}
+
+
+def test_the_principle_that_changed_most():
+    up, same, twice = (trend([k * x for x in range(6)]) for k in (0.1, 0.1001, 0.2))
+    assert report._largest({"a": up, "b": same}) == "The revision changes alike on all 2 principles: +0.40"
+    assert report._largest({"a": up, "b": twice}) == "Largest change of the revision: b +0.80 (rises)"
+    assert report._largest({"a": up}) == "Largest change of the revision: a +0.40 (rises)"
+    down, gap = trend([-0.2 * x for x in range(6)]), trend([None, 0.5])
+    assert report._largest({"a": up, "b": down, "c": gap}) == "Largest change of the revision: b −0.80 (falls)"
+    flat = trend([0.1] * 6)
+    assert report._largest({"a": flat, "b": flat}) == "The revision changes alike on all 2 principles: 0.00"
+    assert report._largest({"a": gap}) == "Fewer than two scored steps: no change can be told"
 
 
 def test_style_of_the_reader_does_not_matter(run):

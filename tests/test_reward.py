@@ -23,6 +23,7 @@ from qalign.reward import (
     fill_unscored,
     final_reward,
     group_advantages,
+    judge_engine,
     read_credit,
     replay,
     write_credit,
@@ -287,12 +288,42 @@ def test_metrics_against_records():
     good = f.last[8].r2 > 0
     assert (numbers["all_good"], numbers["all_bad"]) == (good / 3, (2 - good) / 3)
     assert numbers["judge_tokens"] == 7 * 16 and f.judge_seconds == 0.25 * 16
-    harm = [r.scorecards[0].score.principles["harmlessness"] for r in f.last if r.scorecards]
-    known = [h for h in harm if h is not None]
+    scores = [r.scorecards[0].score for r in f.last if r.scorecards]
+    known = [s.principles["harmlessness"] for s in scores if s.base is not None]
     assert numbers["draft/harmlessness"] == pytest.approx(sum(known) / len(known))
     assert all(v is None or math.isfinite(v) for v in numbers.values()) and json.dumps(numbers)
     names = {"index", "prompt_id", "prompt", "completion", "r1", "r2", "reward", "problem"}
     assert set(f.last[0].to_dict()) == names and batch_metrics(f.last) == numbers
+
+
+def test_a_part_without_a_score_enters_no_mean():
+    "Too many verdicts failed: the principles that are left are not shown as if they had been scored."
+    prompts, texts = batch(6)
+    f = RubricReward(RandomJudge(mute=0.05), TINY)
+    f(prompts, texts)
+    for i, part in enumerate(("draft", "revision")):
+        scores = [r.scorecards[i].score for r in f.last]
+        left = [s.principles["honesty"] for s in scores if s.base is None]
+        known = [s.principles["honesty"] for s in scores if s.base is not None]
+        assert len(left) > 1 and len(known) > 1 and None not in left + known
+        assert f.metrics()[f"{part}/honesty"] == pytest.approx(sum(known) / len(known))
+    f(*batch(mute=range(12)))
+    assert f.metrics()["revision/honesty"] is None and f.metrics()["draft/honesty"] is not None
+
+
+def test_labels_that_give_no_score_are_neither_good_nor_bad():
+    class Shy(RandomJudge):
+        "NA is the likeliest answer to everything, and the others have probabilities."
+
+        def card(self, prompt, response):
+            best = {"gate": "TRUE", "graded": "A"}
+            said = tuple(Verdict(q.id, "NA", {"NA": 0.9, best[q.kind]: 0.1}, "na") for q in RUBRIC.questions)
+            return Scorecard(prompt, response, said, pool(RUBRIC, said, self.scores), tokens=7, seconds=0.25)
+
+    f = RubricReward(Shy("expected"), TINY.replace(scores="expected"))
+    assert f(*batch(2))[0] == pytest.approx(2.0)
+    assert {r.hard_reward for r in f.last} == {None} and f.metrics()["unscored"] == 0
+    assert (f.metrics()["all_good"], f.metrics()["all_bad"]) == (0, 0)
 
 
 class Doubter(RandomJudge):
@@ -356,6 +387,20 @@ def test_pickle():
 def test_bad_batches(prompts, completions, columns, message):
     with pytest.raises(UserError, match=message):
         RubricReward(RandomJudge(), TINY)(prompts, completions, **columns)
+
+
+def test_a_judge_of_its_own_is_loaded_like_the_policy(monkeypatch):
+    from qalign.engine import HFEngine
+
+    here, asked = HFEngine(None, None, "hf:m"), []
+    engines = {"hf:m": here, "vllm:m": "a", "openai:m@http://localhost:9/v1": "b"}
+    monkeypatch.setattr("qalign.engine.load_engine", lambda *how: asked.append(how) or engines[how[0]])
+    for judge in engines:
+        s = TINY.replace(judge=judge, judge_rows=3, generate_batch=5, quantization="nf4")
+        found = judge_engine(s)
+        assert found == engines[judge] if judge != "hf:m" else (found.rows, found.batch) == (3, 5)
+    assert [precision for _, precision in asked] == ["nf4", "none", "nf4"]  # vLLM has no 4-bit base
+    assert (here.rows, here.batch) == (8, 32)  # others may hold it
 
 
 def test_a_judge_that_loses_a_response_is_an_error():

@@ -645,6 +645,39 @@ def test_the_measurement(tmp_path, model):
     assert run["plan"]["group"] == 2 and "torch" in run["versions"]
 
 
+def test_a_path_that_runs_out_of_memory_says_so_and_has_no_number(tmp_path, model):
+    import torch
+
+    from qalign.rollout import Rollout
+
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    def train(path, folder):
+        if path is None:
+            try:
+                full()
+            except torch.OutOfMemoryError as e:  # as train_grpo tells it
+                raise UserError("GRPO stopped in step 1: memory ran out") from e
+        rows = [{"stage": f"grpo/{p}", "step": 1, "seconds": 2} for p in ("generate", "judge", "train")]
+        (folder / "timings.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+    tokenizer, said = shape_engine("micro", "fp32").tokenizer, list[str]()
+    paths = {"none": Rollout("none", full), "trl": None, "hf": hf_rollout(2)}
+    how = (["Hi."], 2, Sampling(1.0, 1.0, 4, EOS), 2, train)
+    none, trl, hf = bench_rollout(model, tokenizer, paths, tmp_path, *how, said.append)
+    assert none == {"path": "none", "problem": "out of memory", "step": 6, **STEP}
+    assert trl["problem"] == "a step: out of memory" and "step" not in trl and trl["times_first"] == 1
+    assert "problem" not in hf and hf["step"] == 6 and hf["times_first"] > 0
+    assert said[0] == "none: out of memory" and "trl: a step: out of memory" in said
+    assert [r["path"] for r in read_jsonl(tmp_path / "rows.jsonl")] == ["none", "trl", "hf", "trl", "hf"]
+    with pytest.raises(UserError, match="something else"):
+        room._unless_memory_ends(lambda: (_ for _ in ()).throw(UserError("something else")))
+
+
+STEP = {f"step_{phase}": 2.0 for phase in ("generate", "judge", "train")}
+
+
 def test_the_room_imports_nothing_heavy():
     code = "import sys, qalign.rollout; print({'torch', 'trl', 'vllm', 'openai', 'pandas'} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -22,9 +22,10 @@ from hypothesis import strategies as st
 from qalign import sft as room
 from qalign.core import UserError, content_hash, load_settings, presets, read_jsonl
 from qalign.engine import Answer, Chat, EngineError, Segment, Usage, failed
-from qalign.judge import Judge
+from qalign.judge import Judge, Scorecard
+from qalign.pool import explain, pool
 from qalign.prompts import Prompt, load_prompts
-from qalign.rubric import load_rubric, select
+from qalign.rubric import Dimension, Principle, Question, Rubric, Verdict, load_rubric, select
 from qalign.sft import (
     REFLECTION_RULES,
     Record,
@@ -454,6 +455,30 @@ def test_weakest_questions_are_of_the_lowest_dimensions():
         assert all(q in next(d for d in WHOLE.dimensions if d.name == name).questions for name, q in found)
 
 
+def test_the_weakest_question_is_the_one_that_decided_where_labels_made_the_score():
+    for gates_first in (True, False):
+        for text in ("a", "b", "c", "d"):
+            card = Judge(WHOLE, Stub(), gates_first=gates_first).score("p", [text])[0]
+            decided = {row["dimension"]: row["question"] for row in explain(WHOLE, card.verdicts)}
+            found = weakest_questions(WHOLE, card, 99)
+            assert found and {name: q.id for name, q in found} == {name: decided[name] for name, _ in found}
+
+
+def test_the_weakest_question_has_the_lowest_expected_value_where_probabilities_made_the_score():
+    questions = (Question("g", "gate", "?"), Question("a", "graded", "?"), Question("b", "graded", "?"))
+    rubric = Rubric("one", (Principle("p", (Dimension("d", questions),)),), cap="")
+    probs = ({"TRUE": 0.9, "FALSE": 0.1}, {"A": 0.5, "F": 0.5}, {"B": 0.9, "D": 0.1})  # 0.8, 0, 0.4
+    told = tuple(Verdict(q.id, max(p, key=p.get), p) for q, p in zip(questions, probs, strict=True))
+    card = Scorecard("", "", told, pool(rubric, told, "expected"), 0)
+    assert [(name, q.id) for name, q in weakest_questions(rubric, card)] == [("d", "a")]
+    assert explain(rubric, told)[0]["question"] == "b"  # its labels are TRUE, A, B
+    hard = replace(card, score=pool(rubric, told))
+    assert [q.id for _, q in weakest_questions(rubric, hard)] == ["b"]
+    unsure = (Verdict("g", "TRUE", {"TRUE": 0.52, "FALSE": 0.48}), Verdict("a", "A"), Verdict("b", "C"))
+    passed = replace(card, verdicts=unsure, score=pool(rubric, unsure))
+    assert [q.id for _, q in weakest_questions(rubric, passed)] == ["b"]
+
+
 # --- the journal
 
 
@@ -790,6 +815,35 @@ def test_every_preset_trains_sft_at_its_batch():
     assert (study.per_device_train_batch_size, study.gradient_accumulation_steps) == (2, 2)
 
 
+@pytest.mark.parametrize("packing", ["off", "padding_free"])
+def test_what_sft_changes_of_trls_defaults_is_written_down(tmp_path, packing):
+    from dataclasses import fields
+
+    from trl import SFTConfig
+
+    s = load_settings("tiny", sft_packing=packing)
+    room._write_arguments(s, tmp_path / "trainer", 256)
+    told = json.loads((tmp_path / "trainer" / "trl.json").read_text())
+    defaults, args = {f.name: f.default for f in fields(SFTConfig)}, room._sft_arguments(s, tmp_path / "trainer", 256)
+    assert told["trl"] and "output_dir" not in {r["name"] for r in told["arguments"]}
+    for row in told["arguments"]:
+        name, ours = row["name"], row["ours"]
+        assert row["default"] == defaults[name] != ours, name
+        assert getattr(args, name) == ours or (name, getattr(args, name)) == ("report_to", []), name
+    rows = {r["name"]: r["ours"] for r in told["arguments"]}
+    assert (rows["learning_rate"], rows["lr_scheduler_type"], rows["seed"]) == (s.sft_lr, "cosine", s.seed)
+    assert rows["max_length"] == (None if packing == "padding_free" else 256)
+    assert rows.get("padding_free", False) == (packing == "padding_free")
+
+
+@pytest.mark.parametrize("name", ["adamw_torch", "paged_adamw_8bit"])
+def test_the_optimizer_is_that_of_the_settings(name):
+    from qalign.grpo import grpo_arguments
+
+    s = load_settings("tiny", optimizer=name)
+    assert room._sft_arguments(s, Path("unused"), 256).optim == grpo_arguments(s, "unused/trainer").optim == name
+
+
 QUICK = replace(load_settings("tiny"), sft_epochs=3, sft_batch=4, micro_batch=2, lora_r=4, lora_alpha=8)
 
 
@@ -821,6 +875,19 @@ def test_two_trainings_give_the_same_adapter(tmp_path, micro):
     one, two = (trained_once(micro, tmp_path) for _ in range(2))
     assert one[1] == two[1] and all((two[2][n] == w).all() for n, w in one[2].items())
     assert any(w.abs().sum() > 0 for n, w in one[2].items() if "lora_B" in n)
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+def test_an_optimizer_with_states_in_8_bits_learns(micro, tmp_path):
+    import torch
+
+    def last(name: str) -> Any:
+        _, losses, state = trained_once(micro, tmp_path, s=replace(QUICK, optimizer=name))
+        assert losses[-1] < losses[0]
+        return torch.cat([p.flatten() for p in state.values()])
+
+    plain, other = last("adamw_torch"), last("paged_adamw_8bit")
+    assert not torch.equal(plain, other) and (plain - other).norm() < 0.5 * plain.norm()
 
 
 def test_attention_that_mixes_records_is_refused(micro):

@@ -280,10 +280,19 @@ def test_kappa_interval_coverage_where_items_come_in_clusters():
     assert hits / 300 >= 0.91 and naive / 300 < 0.75
 
 
-@pytest.mark.parametrize(("clusters", "why"), [([1], "one cluster per item"), ([1, 1], "at least 2 clusters")])
+@pytest.mark.parametrize(
+    ("clusters", "why"),
+    [([*range(11)], "one cluster per item"), ([1] * 12, "got 1"), ([1, 2, 3] * 4, "got 3: give kappa without")],
+)
 def test_kappa_interval_refuses_clusters_that_say_nothing(clusters, why):
     with pytest.raises(UserError, match=why):
-        kappa_interval(["a", "b"], ["a", "b"], clusters=clusters)
+        kappa_interval(["a", "b"] * 6, ["a", "b"] * 6, clusters=clusters)
+
+
+def test_a_few_items_have_no_kappa_interval():
+    with pytest.raises(UserError, match="expected 10 items or clusters or more, got 9"):
+        kappa_interval(["a", "b", "a"] * 3, ["a", "b", "b"] * 3)
+    assert kappa_interval(["a", "b"] * 5, ["a", "b"] * 5).n == 10
 
 
 def test_minimum_detectable_is_detected():
@@ -376,6 +385,8 @@ def test_kappa_properties(rows):
         assert len({*x, *y}) == 1
         return
     assert -1 <= kappa <= 1 and (kappa == 1) == (x == y)
+    if len(x) < 10:
+        return
     found = kappa_interval(x, y, n_boot=100)
     assert -1 <= found.low <= found.high <= 1 and found.estimate == kappa
 

@@ -669,6 +669,25 @@ def test_the_tradeoff_names_no_winner_that_the_table_does_not_have(tmp_path, mon
     assert title(other) == "advbench: each model answered other prompts, so none gives in least"
 
 
+def test_names_cover_neither_each_other_nor_a_mark():
+    from matplotlib.figure import Figure
+    from matplotlib.text import Annotation
+
+    ax = Figure(figsize=(6, 3), layout="constrained").subplots()
+    points = [(1, 0), (40, 0), (44, 0), (60, 30), (60, 33), (100, 50)]
+    for at in points:
+        ax.plot(*at, "o", color="grey")
+    ax.plot([], [], "o", label="published")
+    ax.legend()
+    ax.margins(0.1)
+    tables._write_names(ax, [(f"a rather long name {i}", at, "grey", 6) for i, at in enumerate(points)])
+    boxes = [note.get_window_extent() for note in ax.texts if isinstance(note, Annotation)]
+    assert len(boxes) == len(points)
+    assert all(ax.bbox.contains(box.x0, box.y0) and ax.bbox.contains(box.x1, box.y1) for box in boxes)
+    marks = [line.get_window_extent() for line in ax.lines[:-1]]
+    assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i] + marks)
+
+
 def test_kappa_and_points_have_no_minus_before_nothing():
     cell = measure(grid({"start": 0.5}), ["list"]).cells[0]
     assert tables._basis([cell, cell], (-0.004, 80)).startswith("κ 0.00, ")

@@ -509,7 +509,7 @@ def test_a_setting_without_a_judge_is_refused(tmp_path: Path) -> None:
         make_plan(load_settings("tiny", judge=f"tuned:{tmp_path}"))
     (tmp_path / "judge.json").write_text("{}")
     with pytest.raises(UserError, match="use judge_mode direct"):
-        make_plan(load_settings("tiny", judge=f"tuned:{tmp_path}", judge_mode="reasoned"))
+        make_plan(load_settings("tiny", judge=f"tuned:{tmp_path}", judge_mode="reasoned", scores="hard"))
 
 
 # --- what is shipped

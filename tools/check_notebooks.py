@@ -42,7 +42,7 @@ def nbdev(command: str, *args: str, at: Path) -> None:
 def export(at: Path) -> Iterator[str]:
     "Differences between qalign/ and a fresh export."
     for module in (at / "qalign").glob("*.py"):
-        if module.name not in ("__init__.py", "_modidx.py"):
+        if module.name not in ("__init__.py", "__main__.py", "_modidx.py"):
             module.unlink()
     nbdev("nbdev-export", at=at)
     for path in sorted({p.name for d in (ROOT, at) for p in (d / "qalign").glob("*.py")}):
