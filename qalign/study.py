@@ -550,7 +550,8 @@ def curve_figure(
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=4))
         ax.grid(alpha=0.3)
     fig.axes[0].set_ylabel("base score, −1 to 1; reward, no unit", fontsize=6)
-    fig.axes[-1].legend(fontsize=6, frameon=False)
+    drawn = fig.axes[-1].get_legend_handles_labels()
+    fig.legend(*drawn, loc="outside lower center", ncols=len(values), fontsize=6, frameon=False)
     fig.suptitle(_headline(values, span), fontsize=8)
     return fig
 

@@ -951,7 +951,7 @@ def test_only_seeds_that_are_finished_for_both_values_are_paired(record):
         (2, "alpha 0"): {"0"},
     }
     assert study_findings(found)[0] == "4 of 6 cells are finished"
-    assert [t.get_text() for t in curve_figure(curves(found)).axes[-1].get_legend().get_texts()] == [
+    assert [t.get_text() for t in curve_figure(curves(found)).legends[0].get_texts()] == [
         "alpha 0, 1 seed",
         "alpha 2, 2 seeds",
         "alpha 10, 1 seed",
