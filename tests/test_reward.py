@@ -7,6 +7,7 @@ import pickle
 import random
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -627,3 +628,30 @@ def test_import_is_light():
     heavy = ("torch", "pyarrow", "pandas", "transformers", "matplotlib")
     code = f"import sys, qalign.reward; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.slow
+def test_a_real_run_of_trl_grpo(tmp_path):
+    from qalign.bench import shape_engine
+
+    micro, data = shape_engine("micro", "fp32"), tmp_path / "data"
+    micro.model.save_pretrained(tmp_path / "model")
+    micro.tokenizer.save_pretrained(tmp_path / "model")
+    data.mkdir()
+    rows = [{"prompt": [{"role": "user", "content": f"Number {i}?"}], "prompt_id": str(i)} for i in range(8)]
+    (data / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = {"model_name_or_path": tmp_path / "model", "dataset_name": data, "output_dir": tmp_path / "out"}
+    told |= {"reward_funcs": "qalign.reward.rubric_reward", "per_device_train_batch_size": 2, "num_generations": 2}
+    told |= {"max_completion_length": 16, "max_steps": 2, "logging_steps": 1, "report_to": "none", "use_cpu": "true"}
+    told |= {"bf16": "false", "save_strategy": "no", "remove_unused_columns": "false"}
+    where = {"QALIGN_PRESET": "tiny", "QALIGN_JUDGE": "smollm2", "QALIGN_COMPLETION_TOKENS": "16"}
+    done = subprocess.run(
+        [Path(sys.executable).with_name("trl"), "grpo", *(x for k, v in told.items() for x in (f"--{k}", str(v)))],
+        env={**os.environ, **where, "HF_HUB_OFFLINE": "1", "QALIGN_RUN": str(tmp_path / "run")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = done.stdout + done.stderr  # random weights write no transcript: -1 for both parts
+    assert said.count("'rewards/rubric_reward/mean': '-2'") == 2 and "'r1': '-1'" in said
+    assert (tmp_path / "out" / "model.safetensors").is_file() and (tmp_path / "run" / "credit").is_dir()
