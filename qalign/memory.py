@@ -1011,7 +1011,7 @@ def _enough(what: str, remedy: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as e:
         why = str(e).splitlines()[0]
-        raise UserError(f"out of memory {what}: {remedy}, see `qalign plan` ({why})") from None
+        raise UserError(f"out of memory {what}: {remedy}, see `qalign plan` ({why})") from e
 
 
 def dry_step(

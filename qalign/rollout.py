@@ -710,8 +710,11 @@ def _unless_memory_ends(work: Callable[[], _T]) -> _T | None:
 
     try:
         return work()
-    except (torch.OutOfMemoryError, UserError) as e:  # the second: train_grpo has made a line of the first
-        if not isinstance(e, torch.OutOfMemoryError) and not isinstance(e.__cause__, torch.OutOfMemoryError):
+    except (torch.OutOfMemoryError, UserError) as e:  # the second: a line that was made of the first, once or twice
+        cause: BaseException | None = e
+        while cause is not None and not isinstance(cause, torch.OutOfMemoryError):
+            cause = cause.__cause__
+        if cause is None:
             raise
     _free()
     return None

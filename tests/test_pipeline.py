@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from qalign import pipeline
-from qalign.core import Settings, UserError, load_settings, read_jsonl, write_json
+from qalign.core import UserError, load_settings, read_jsonl, write_json
 from qalign.grpo import train_grpo
 from qalign.pipeline import make_plan, open_folder
 from qalign.reward import read_credit, replay
@@ -341,27 +341,14 @@ def quiet(line: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def before(micro, tmp_path_factory):
+def before(micro, tmp_path_factory, watched):
     "A run up to GRPO, and the settings that were read."
-    out, read = tmp_path_factory.mktemp("runs") / "before", set[str]()
-
-    class Watched(Settings):
-        def __getattribute__(self, name):
-            if not name.startswith("_"):
-                read.add(name)
-            return super().__getattribute__(name)
-
-        def to_dict(self):  # for the record of the run: every key
-            known = set(read)
-            found = super().to_dict()
-            read.intersection_update(known)
-            return found
-
+    out, (settings, read) = tmp_path_factory.mktemp("runs") / "before", watched(micro)
     with pytest.MonkeyPatch.context() as m:
         m.setattr(pipeline, "check_grpo", lambda settings, prompts: None)  # decides nothing
         m.setattr(pipeline, "check_rollout", lambda settings: None)  # likewise
         m.setattr(pipeline, "_doubts", lambda settings: [])  # says it, decides nothing
-        pipeline.run(Watched(**micro.to_dict()), out, say=quiet, until="after_sft")
+        pipeline.run(settings, out, say=quiet, until="after_sft")
     return out, read
 
 

@@ -498,6 +498,10 @@ def test_a_row_without_text_is_named(row):
     assert "\n" not in str(e.value)
 
 
+def test_a_probability_that_is_no_number_decides_nothing():
+    assert safety._decided("harm", math.nan).status == "failed" and safety._decided("harm", 0.2).label == "safe"
+
+
 # ---- phrases
 
 

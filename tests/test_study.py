@@ -15,7 +15,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from qalign import cli, pipeline, study
-from qalign.core import Settings, UserError, append_jsonl, load_settings, read_jsonl, write_json, write_jsonl
+from qalign.core import UserError, append_jsonl, load_settings, read_jsonl, write_json, write_jsonl
 from qalign.prompts import load_prompts
 from qalign.reward import final_reward, group_advantages
 from qalign.study import (
@@ -77,7 +77,7 @@ def look(folder, stage, model, plan, clock):
     ]
     clock.tick()
     write_jsonl(folder.path / "eval" / f"{model}.jsonl", rows)
-    for cell in study.summarize({model: rows})["table"]:
+    for cell in pipeline.summarize({model: rows})["table"]:
         clock.tick()
         folder.metric("eval", {"part": stage, **cell})
     clock.tick()
@@ -141,7 +141,7 @@ def here():
 @pytest.fixture
 def toy(monkeypatch):
     "Returns a function that puts the stand-in in place, with a clock."
-    monkeypatch.setattr(study, "summarize", light_summary)
+    monkeypatch.setattr(pipeline, "summarize", light_summary)
     monkeypatch.setattr(study, "_where", here)
     monkeypatch.setattr(pipeline, "_commit", lambda: None)
     monkeypatch.setattr("os.fsync", lambda fd: None)  # the disk is not what is tested
@@ -160,7 +160,7 @@ def toy(monkeypatch):
 def finished(tmp_path_factory):
     "A finished study of the stand-in."
     patch = pytest.MonkeyPatch()
-    patch.setattr(study, "summarize", light_summary)
+    patch.setattr(pipeline, "summarize", light_summary)
     patch.setattr(study, "_where", here)
     patch.setattr(pipeline, "run", stub(Clock()))
     out = tmp_path_factory.mktemp("finished") / "study"
@@ -508,27 +508,11 @@ def test_a_shared_cell_is_the_run_it_would_be_on_its_own(micro, transcripts, tmp
     assert about["rows"] == {"steps": 2, "rollouts": 8, "heldout": 24}
 
 
-def test_no_stage_before_grpo_reads_a_setting_of_grpo(micro, tmp_path, monkeypatch):
-    read: set[str] = set()
+def test_no_stage_before_grpo_reads_a_setting_of_grpo(micro, tmp_path, monkeypatch, watched):
     monkeypatch.setattr(pipeline, "check_grpo", lambda settings, prompts: None)  # decides nothing
     monkeypatch.setattr(pipeline, "_doubts", lambda settings: [])  # says it, decides nothing
-
-    class Watched(Settings):
-        def __getattribute__(self, name):
-            if not name.startswith("_"):
-                read.add(name)
-            return super().__getattribute__(name)
-
-        def to_dict(self):  # for the record of the run: every key
-            before = set(read)
-            out = super().to_dict()
-            read.intersection_update(before)
-            return out
-
-        def replace(self, **overrides):
-            return Watched(**super().replace(**overrides).to_dict())
-
-    study._shared(Watched(**micro.to_dict()), tmp_path / "shared", "harmful", quiet)
+    settings, read = watched(micro)
+    study._shared(settings, tmp_path / "shared", "harmful", quiet)
     assert {"temperature", "micro_batch", "completion_tokens", "sft_lr", "eval_tokens", "scores"} <= read
     assert read & set(GRPO_KEYS) == {"alpha", "beta"}  # the column `reward` of the evaluation
     assert not (tmp_path / "shared" / "traces.jsonl").exists()
