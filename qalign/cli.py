@@ -854,12 +854,12 @@ def bench_rollout_command(
     prompts: Annotated[int, typer.Option(help="prompts, a group of completions each")] = 8,
     repeats: Annotated[int, typer.Option(help="times each path writes them")] = 3,
     steps: Annotated[int, typer.Option(help="steps of GRPO with each path, timed by phase; 0 = none")] = 0,
-    paths: Annotated[str, typer.Option(help="by comma: trl, hf, continuous, vllm; all of these if not given")] = "",
+    paths: Annotated[str, typer.Option(help="by comma: trl, static, hf, continuous, vllm; all if not given")] = "",
 ) -> None:
     "Completion tokens a second of each way to write rollouts, the same prompts and weights for all."
     from qalign.grpo import train_grpo
     from qalign.pipeline import Policy, make_plan
-    from qalign.rollout import Sampling, bench_rollout, check_rollout, choose_rollout
+    from qalign.rollout import Sampling, bench_rollout, check_rollout, choose_rollout, static_cache
     from qalign.sft import as_loaded
 
     if prompts < 1 or repeats < 1 or steps < 0:
@@ -870,7 +870,9 @@ def bench_rollout_command(
     if paths:
         kinds = [*(p.strip() for p in paths.split(",")), *([server] if server else [])]
     else:
-        kinds = ["trl", "hf", "continuous", *([server] if server else []), *here]
+        kinds = ["trl", "static", "hf", "continuous", *([server] if server else []), *here]
+    others = {"static": static_cache} if "static" in kinds else {}
+    kinds = [kind for kind in kinds if kind not in others]
     for kind in kinds:
         check_rollout(s.replace(rollout=kind))
     plan, policy = make_plan(s), Policy(s, run or out)
@@ -892,7 +894,7 @@ def bench_rollout_command(
     ways = {name: choose_rollout(kind, *given) for name, kind in zip(names, kinds, strict=True)}
     texts = [p.text for p in plan.prompts["grpo"]][:prompts]
     sampling = Sampling(s.temperature, s.top_p, s.completion_tokens, (tokenizer.eos_token_id,))
-    how: dict[str, Any] = {"train": train if steps else None, "say": typer.echo}
+    how: dict[str, Any] = {"train": train if steps else None, "say": typer.echo, "others": others}
     table = bench_rollout(model, tokenizer, ways, out, texts, s.group_size, sampling, repeats, **how)
     keys = ["path", "tokens_per_second", "times_first", "mean"]
     keys += ["step", "step_generate", "step_judge", "step_train"] if steps else []

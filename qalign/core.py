@@ -271,13 +271,15 @@ def largest_divisor(
     return next(n for n in range(min(limit, whole), 0, -1) if whole % n == 0)
 
 # %% ../nbs/00_core.ipynb #1f1a1fbe
+_canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode
+
+
 def content_hash(
     obj: Any,  # anything JSON can hold
     length: int = 16,  # hex digits kept
 ) -> str:
     "SHA-256 of the canonical JSON of `obj` (sorted keys, no spaces), shortened to `length` hex digits."
-    text = json.dumps(obj, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:length]
+    return hashlib.sha256(_canonical(obj).encode()).hexdigest()[:length]
 
 # %% ../nbs/00_core.ipynb #d92a5060
 def set_seed(

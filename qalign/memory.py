@@ -547,6 +547,12 @@ def _weights(z: _Shape) -> list[_Term]:
     return [*linear, _Term("other weights", z.wide * z.w.plain, "w e", "counted")]
 
 
+def _held(z: _Shape) -> list[_Term]:
+    "What every stage holds: the weights, and the adapter of a tuned judge, counted with our rank."
+    judge = [_Term("judge's adapter", 4 * z.p, "4 p", "counted")] if z.s.judge.partition(":")[0] == "tuned" else []
+    return [*_weights(z), *judge]
+
+
 def _state(z: _Shape) -> int:
     "Bytes of AdamW's two moments."
     if z.s.optimizer == "adamw_torch":
@@ -557,7 +563,7 @@ def _state(z: _Shape) -> int:
 
 def _resident(z: _Shape) -> list[_Term]:
     formula = "8 p" if z.s.optimizer == "adamw_torch" else "2 p + 8 p/256 (matrices under 4096 elements: 8 p)"
-    terms = [*_weights(z), _Term("adapter", 4 * z.p, "4 p", "counted")]
+    terms = [*_held(z), _Term("adapter", 4 * z.p, "4 p", "counted")]
     if z.s.kl > 0:
         terms.append(_Term("reference adapter", 4 * z.p, "4 p", "counted"))
     if z.s.judge_layout == "rubric_first" and z.s.judge.partition(":")[0] in ("self", "tuned"):
@@ -619,7 +625,7 @@ def _evaluate(z: _Shape) -> list[_Term]:
     "The held-out answers, which may be longer than a completion."
     rows = min(z.chats, max(z.s.eval_harmful, z.s.eval_benign))
     adapter = _Term("adapter", 4 * z.p, "4 p", "counted")
-    return [*_weights(z), adapter, *_chats(z, rows, z.s.prompt_tokens, z.s.eval_tokens)]
+    return [*_held(z), adapter, *_chats(z, rows, z.s.prompt_tokens, z.s.eval_tokens)]
 
 
 def _records(z: _Shape) -> list[_Term]:
@@ -634,7 +640,7 @@ def _records(z: _Shape) -> list[_Term]:
     if s.revision_writer in read:
         rows = min(z.chats, s.records_at_once * s.candidates)
         jobs.append((rows, read[s.revision_writer], s.revision_tokens))
-    return [*_weights(z), *max((_chats(z, *job) for job in jobs), key=lambda terms: sum(t.bytes for t in terms))]
+    return [*_held(z), *max((_chats(z, *job) for job in jobs), key=lambda terms: sum(t.bytes for t in terms))]
 
 
 def _judging(z: _Shape) -> dict[str, list[_Term]]:
@@ -810,7 +816,10 @@ def _notes(settings: Settings, name: str) -> tuple[str, ...]:
 # %% ../nbs/11_memory.ipynb #062cd41b
 _GROUPS = {
     "weights": ("linear layers", "unpacked on the CPU", "other weights", "largest layer, bf16"),
-    "adapter and optimizer": ("adapter", "reference adapter", "optimizer state", "gradients", "update"),
+    "adapter and optimizer": (
+        *("adapter", "reference adapter", "judge's adapter"),
+        *("optimizer state", "gradients", "update"),
+    ),
     "key-value cache": ("key-value cache", "shared beginnings"),
     "activations": ("hidden states", "attention mask", "layer inputs", "activations", "working set"),
     "assumed": ("allocator scraps", "CUDA context", "vLLM"),

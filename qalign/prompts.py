@@ -103,12 +103,15 @@ def _parse(name: str, text: str, line: int = 1) -> Any:
 
 
 def _jsonl_rows(name: str, text: str) -> _Rows:
+    keys, columns = None, {}
     for i, line in enumerate(_lines(text), 1):
         if line.strip():
             row = _parse(name, line, i)
             if not isinstance(row, dict):
                 raise UserError(f"{name}, line {i}: expected an object such as {{'prompt': …}}, got {line[:40]!r}")
-            yield f"line {i}", row, _columns(name, f"line {i}", row)
+            if keys != (keys := list(row)):
+                columns = _columns(name, f"line {i}", row)
+            yield f"line {i}", row, columns
 
 # %% ../nbs/09_prompts.ipynb #2fcbab78
 def _json_rows(name: str, text: str) -> _Rows:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Sampling', 'Rollout', 'hf_rollout', 'agreement', 'continuous_rollout', 'nf4_loss', 'save_base', 'load_lora_engine',
-           'vllm_rollout', 'server_rollout', 'check_rollout', 'choose_rollout', 'bench_rollout']
+           'vllm_rollout', 'server_rollout', 'check_rollout', 'choose_rollout', 'static_cache', 'bench_rollout']
 
 # %% ../nbs/12a_rollout.ipynb #6614c49e
 import contextlib
@@ -609,7 +609,7 @@ def choose_rollout(
     return vllm_rollout(load_lora_engine(spec, precision, settings.lora_r, longest))
 
 # %% ../nbs/12a_rollout.ipynb #edc87e05
-def _whole(model: Any, prompts: list[list[int]], sampling: Sampling, seed: int) -> _Written:
+def _whole(model: Any, prompts: list[list[int]], sampling: Sampling, seed: int, cache: str | None = None) -> _Written:
     "One call of `generate` for all rows, as TRL does by itself; it gives no log-probabilities."
     import torch
     from transformers import GenerationConfig
@@ -619,6 +619,7 @@ def _whole(model: Any, prompts: list[list[int]], sampling: Sampling, seed: int) 
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     options: dict[str, Any] = {"do_sample": True, "temperature": s.temperature, "top_p": s.top_p, "top_k": 0}
     options |= {"max_new_tokens": s.max_tokens, "eos_token_id": list(s.eos) or None, "pad_token_id": 0}
+    options |= {"cache_implementation": cache}
     with HFEngine(model, None).inference():
         torch.manual_seed(seed)
         told = model.generate(input_ids=ids, attention_mask=mask, generation_config=GenerationConfig(**options))
@@ -627,6 +628,11 @@ def _whole(model: Any, prompts: list[list[int]], sampling: Sampling, seed: int) 
         end = next((i for i, t in enumerate(row) if t in s.eos), len(row) - 1)
         out.append(row[: end + 1])
     return out, []
+
+
+def static_cache(model: Any, prompts: list[list[int]], sampling: Sampling, seed: int) -> _Written:
+    "The same call over transformers' static cache, of the full length from the first token on: for `bench_rollout`."
+    return _whole(model, prompts, sampling, seed, "static")
 
 
 def _where() -> dict[str, Any]:
@@ -666,6 +672,8 @@ def bench_rollout(
     repeats: int = 3,  # times each path writes them, in turn
     train: Callable[[Rollout | None, Path], Any] | None = None,  # a short run of GRPO into a run folder; None: no steps
     say: Callable[[str], None] = lambda line: None,
+    *,
+    others: Mapping[str, _Generate] | None = None,  # ways to write that no trainer takes, by name: they have no steps
 ) -> list[dict[str, Any]]:
     "Measure each path and write `run.json` and `rows.jsonl`; the table, one row a path."
     folder, s = Path(folder), sampling or Sampling(1.0, 1.0, 128, (tokenizer.eos_token_id,))
@@ -678,11 +686,12 @@ def bench_rollout(
     write_json(folder / "run.json", {"plan": plan, **_where()})
     for name in ("rows.jsonl", "steps.jsonl"):
         (folder / name).unlink(missing_ok=True)
-    left = dict(paths)  # those that have not run out of memory
+    ways = {name: path.generate if path else _whole for name, path in paths.items()} | dict(others or {})
+    left = dict(ways)  # those that have not run out of memory
     for repeat in range(-1, repeats):  # the first is a short one that nobody counts
-        for name, path in list(left.items()):
+        for name, way in list(left.items()):
             some, most = (prompts, s) if repeat >= 0 else (prompts[:1], Sampling(s.temperature, s.top_p, 2, s.eos))
-            row = _written(model, path, some, most, repeat)
+            row = _written(model, way, some, most, repeat)
             if row is None:
                 row = {"problem": "out of memory"}
                 del left[name]
@@ -721,11 +730,11 @@ def _unless_memory_ends(work: Callable[[], _T]) -> _T | None:
 
 
 def _written(
-    model: Any, path: Rollout | None, prompts: list[list[int]], sampling: Sampling, repeat: int
+    model: Any, way: _Generate, prompts: list[list[int]], sampling: Sampling, repeat: int
 ) -> dict[str, Any] | None:
     "What came of one call and how long it took; None if the GPU's memory ran out."
     start = time.perf_counter()
-    done = _unless_memory_ends(partial(path.generate if path else _whole, model, prompts, sampling, repeat + 1))
+    done = _unless_memory_ends(partial(way, model, prompts, sampling, repeat + 1))
     seconds = time.perf_counter() - start
     if done is None:
         return None

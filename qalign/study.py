@@ -10,7 +10,6 @@ __all__ = ['SomeFailed', 'read_study', 'read_export', 'export_study', 'run_study
 import gc
 import json
 import math
-import os
 import re
 import shutil
 import tempfile
@@ -25,7 +24,7 @@ from filelock import FileLock, Timeout
 
 from . import pipeline
 from .core import Settings, UserError, content_hash, load_settings, read_jsonl, versions, write_json, write_jsonl
-from .pipeline import GRPO_KEYS, _copy_verdicts, _pay_again
+from .pipeline import GRPO_KEYS
 from .prompts import load_prompts
 from .reward import group_advantages
 from .rollout import _where
@@ -158,56 +157,6 @@ def _open(out: Path, plan: Mapping[str, Any], resume: bool, say: Callable[[str],
     for name, was in _load(out / "study.json", {"versions"}, "give another --out")["versions"].items():
         if (now := versions().get(name)) != was:
             say(f"note: {name} was {was}, now {now}: the rest may differ in the last digits")
-
-# %% ../nbs/17a_study.ipynb #faeec861
-class _Enough(Exception):
-    "What comes before GRPO is finished."
-
-
-def _shared(
-    settings: Settings,
-    path: Path,  # run folder of what the cells of a seed share
-    prompts: str,
-    say: Callable[[str], None],
-) -> None:
-    "Run the stages before GRPO, as far as they are not there."
-    last = path / "stages" / "after_sft.json"
-
-    def tell(line: str) -> None:
-        if last.exists():
-            raise _Enough
-        say(line)
-
-    if not last.exists():
-        _sweep(path)
-        try:
-            pipeline.run(settings, path, prompts, True, tell)
-        except _Enough:
-            return
-        raise AssertionError("the pipeline did not speak before GRPO")
-
-
-def _sweep(path: Path) -> None:
-    "Remove a run folder that a kill left before its settings were written."
-    if path.is_dir() and all(p.name.startswith(".settings.json.") for p in path.iterdir()):
-        shutil.rmtree(path)
-
-# %% ../nbs/17a_study.ipynb #e6079aee
-def _begin(
-    settings: Settings,  # of the cell
-    shared: Path,
-    path: Path,  # run folder of the cell; it appears whole or not at all
-    prompts: str,
-) -> None:
-    "Make a run folder in which everything before GRPO is finished."
-    new = path.parent / f".{path.name}.new"
-    shutil.rmtree(new, ignore_errors=True)
-    pipeline.open_folder(new, pipeline.make_plan(settings, prompts))
-    skip = shutil.ignore_patterns("settings.json", "verdicts.sqlite*", "trainer-sft", ".*")
-    shutil.copytree(shared, new, ignore=skip, dirs_exist_ok=True)
-    _copy_verdicts(shared, new)
-    _pay_again(settings, new)
-    os.replace(new, path)
 
 # %% ../nbs/17a_study.ipynb #cdd084e3
 class SomeFailed(UserError):
@@ -382,14 +331,12 @@ def _run_cell(
         return lambda line: say(f"{where}: {line}")
 
     if not cell.done:
-        _sweep(cell.path)
-        if plan["key"] in GRPO_KEYS and not cell.path.exists():
-            shared = out / "shared" / f"seed-{cell.seed}"
+        shared, shares = out / "shared" / f"seed-{cell.seed}", plan["key"] in GRPO_KEYS
+        if shares and not pipeline.holds_run(cell.path):
             first = settings.replace(**{plan["key"]: plan["values"][0]})  # whichever cell comes first
             with _alone(out, f"shared/{shared.name}"):
-                _shared(first, shared, prompts, tell(f"shared/{shared.name}"))
-                _begin(settings, shared, cell.path, prompts)
-        pipeline.run(settings, cell.path, prompts, True, tell(cell.name))
+                pipeline.run(first, shared, prompts, True, tell(f"shared/{shared.name}"), until="after_sft")
+        pipeline.run(settings, cell.path, prompts, True, tell(cell.name), source=shared if shares else "")
     _describe(cell)
     if record:
         _keep(cell, plan, record)

@@ -59,7 +59,7 @@ SMALL = LlamaConfig(
     vocab_size=1000,
     max_position_embeddings=2048,
 )
-STEP = load_settings("tiny", prompt_tokens=32, completion_tokens=48, generate_batch=0)
+STEP = load_settings("tiny", judge="self", prompt_tokens=32, completion_tokens=48, generate_batch=0)
 # Published parameter counts.
 SIZES = {
     "Llama-3.1-8B": 8_030_261_248,
@@ -233,6 +233,18 @@ def test_records_are_counted_like_an_evaluation() -> None:
     half, few = {"records_at_once": 16}, {"records_at_once": 16, "generate_batch": 8}
     assert peak(**few, candidates=9) == peak(**few) < peak(**half) < peak(**half, candidates=2) < peak()
     assert "the writer hf:other of records is a second model" in plan(gpu.replace(revision_writer="hf:other")).notes[-1]
+
+
+def test_a_tuned_judge_brings_its_adapter() -> None:
+    own, tuned = (plan(load_settings("gpu24", judge=judge)) for judge in ("self", "tuned"))
+    size = _bytes(own, "judge", "adapter")
+    assert size == _bytes(tuned, "judge", "adapter") > 0
+    for phase in own.terms.keys() - {"load"}:
+        there = sum(t.bytes for t in tuned.terms[phase] if t.name == "judge's adapter")
+        assert there == size and not [t for t in own.terms[phase] if t.name == "judge's adapter"]
+        if phase != "judge":  # where its adapter is on, as well
+            assert tuned.peaks[phase] - own.peaks[phase] == pytest.approx(size, rel=0.1)
+    assert tuned.peaks["load"] == own.peaks["load"]
 
 
 def test_a_judge_with_reasons_writes_its_replies_like_an_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:

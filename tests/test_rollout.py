@@ -645,6 +645,39 @@ def test_the_measurement(tmp_path, model):
     assert run["plan"]["group"] == 2 and "torch" in run["versions"]
 
 
+def test_a_way_that_no_trainer_takes_is_measured_without_steps(tmp_path, model):
+    tokenizer, trained = shape_engine("micro", "fp32").tokenizer, []
+    how = (["Hi."], 2, Sampling(1.0, 1.0, 4, EOS), 2)
+
+    def train(path, folder):
+        trained.append(path)
+        rows = [{"stage": f"grpo/{p}", "step": 1, "seconds": 2} for p in ("generate", "judge", "train")]
+        (folder / "timings.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+    others = {"static": room.static_cache}
+    trl, static = bench_rollout(model, tokenizer, {"trl": None}, tmp_path, *how, train, others=others)
+    assert trained == [None] and trl["step"] == 6 and "step" not in static
+    assert static["path"] == "static" and static["tokens"] == trl["tokens"] and static["times_first"] > 0
+
+
+def test_a_static_cache_draws_what_a_growing_one_draws(model, monkeypatch):
+    from transformers import StaticCache
+
+    made, prompts, cold = [], [[5, 6, 7], [8, 9]], Sampling(1e-6, 1.0, 6, EOS)  # no chance left
+    monkeypatch.setattr(StaticCache, "__init__", _noted(StaticCache.__init__, made))
+    grown = room._whole(model, prompts, cold, 1)
+    assert not made
+    assert room.static_cache(model, prompts, cold, 1) == grown and len(made) == 1
+
+
+def _noted(do, calls):
+    def done(self, *args, **kwargs):
+        calls.append(kwargs)
+        do(self, *args, **kwargs)
+
+    return done
+
+
 def test_a_path_that_runs_out_of_memory_says_so_and_has_no_number(tmp_path, model):
     import torch
 

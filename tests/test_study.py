@@ -81,20 +81,20 @@ def look(folder, stage, model, plan, clock):
         clock.tick()
         folder.metric("eval", {"part": stage, **cell})
     clock.tick()
+    append_jsonl(folder.path / "timings.jsonl", {"stage": stage, "seconds": 1.0})
     write_json(folder.path / "stages" / f"{stage}.json", {})
 
 
 def stub(clock):
     "What `pipeline.run` does, without a model."
 
-    def run(settings, out, prompts="harmful", resume=False, say=print):
+    def run(settings, out, prompts="harmful", resume=False, say=print, until="", source=""):
         clock.tick()
-        folder = pipeline.open_folder(out, pipeline.make_plan(settings, prompts), resume)
-        plan = pipeline.make_plan(settings, prompts)
+        plan, folder = pipeline._checked(settings, out, prompts, resume, quiet, until, source)
         for i, (stage, model) in enumerate(
             (("start", "start"), ("after_sft", "sft"), ("grpo", ""), ("report", "grpo"))
         ):
-            if folder.done(stage):
+            if stage not in pipeline._todo(folder, until):
                 continue
             say(f"[{i}/4] {stage}")
             if model:
@@ -295,7 +295,10 @@ def test_other_versions_are_told(toy, finished, tmp_path):
 # --- kills
 
 
-WRITING = ((study, "write_json"), (study, "write_jsonl"), (study.shutil, "copytree"), (study, "_pay_again"))
+WRITING = (
+    *((study, "write_json"), (study, "write_jsonl")),
+    *((pipeline, "write_json"), (pipeline, "_take_over"), (pipeline, "_pay_again")),
+)
 RECORDING = (
     *((study, "_describe"), (study, "_keep"), (study, "_open_record")),
     *((study.tempfile, "mkdtemp"), (Path, "rename")),
@@ -354,10 +357,10 @@ def test_a_folder_without_settings_is_begun_again(toy, tmp_path):
 def test_a_cell_that_fails_does_not_hold_up_the_others(toy, tmp_path, monkeypatch):
     good = pipeline.run
 
-    def bad(settings, out, *rest):
+    def bad(settings, out, *rest, **more):
         if settings.alpha == 2 and "alpha-2" in str(out):
             raise UserError("GRPO stopped in step 3: the loss is not a number")
-        return good(settings, out, *rest)
+        return good(settings, out, *rest, **more)
 
     monkeypatch.setattr(pipeline, "run", bad)
     with pytest.raises(UserError, match=r"1 of 3 cells could not be run, first alpha-2/seed-0: GRPO stopped in step 3"):
@@ -400,7 +403,7 @@ def test_two_processes_share_the_cells(toy, tmp_path):
 
 
 def test_a_user_who_stops_a_cell_stops_the_study(toy, tmp_path, monkeypatch):
-    def stopped(*args):
+    def stopped(*args, **more):
         raise pipeline.Stopped("stopped in stage grpo by the user: add --resume to go on from there")
 
     monkeypatch.setattr(pipeline, "run", stopped)
@@ -491,6 +494,10 @@ def test_a_shared_cell_is_the_run_it_would_be_on_its_own(micro, transcripts, tmp
     with pytest.raises(pipeline.Stopped, match="alpha-2/seed-0: stopped in stage grpo by the user"):
         run_study(micro, {"alpha": [10, 2]}, [0], out, say=stop)
     run_study(micro, {"alpha": [10, 2]}, [0], out, say=quiet, resume=True)
+    for cell in (out / "alpha-2" / "seed-0", out / "alpha-10" / "seed-0"):
+        about = json.loads((cell / "settings.json").read_text())
+        assert about.pop("from")["run"] == "seed-0"
+        write_json(cell / "settings.json", about)
     shared, other = digest(out / "alpha-2" / "seed-0"), digest(out / "alpha-10" / "seed-0")
     alone = digest(own)
     assert {name: shared[name] for name in RESULTS} == {name: alone[name] for name in RESULTS}
@@ -512,7 +519,7 @@ def test_no_stage_before_grpo_reads_a_setting_of_grpo(micro, tmp_path, monkeypat
     monkeypatch.setattr(pipeline, "check_grpo", lambda settings, prompts: None)  # decides nothing
     monkeypatch.setattr(pipeline, "_doubts", lambda settings: [])  # says it, decides nothing
     settings, read = watched(micro)
-    study._shared(settings, tmp_path / "shared", "harmful", quiet)
+    pipeline.run(settings, tmp_path / "shared", say=quiet, until="after_sft")
     assert {"temperature", "micro_batch", "completion_tokens", "sft_lr", "eval_tokens", "scores"} <= read
     assert read & set(GRPO_KEYS) == {"alpha", "beta"}  # the column `reward` of the evaluation
     assert not (tmp_path / "shared" / "traces.jsonl").exists()
@@ -780,14 +787,14 @@ def test_two_machines_fill_one_record(toy, tmp_path, monkeypatch):
     two, record = {"alpha": [0, 2]}, tmp_path / "record"
     good = pipeline.run
 
-    def slow(settings, out, *rest):
+    def slow(settings, out, *rest, **more):
         "While the first machine is at its first cell, the other one runs the whole study."
         monkeypatch.setattr(pipeline, "run", good)
         monkeypatch.setattr(study, "_where", lambda: {**here(), "processor": "other"})
         run_study(TINY, two, [0], tmp_path / "other", say=quiet, record=record)
         found.update(digest(record))
         monkeypatch.setattr(study, "_where", here)
-        return good(settings, out, *rest)
+        return good(settings, out, *rest, **more)
 
     found, said = dict[str, str](), []
     monkeypatch.setattr(pipeline, "run", slow)
