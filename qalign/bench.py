@@ -26,7 +26,7 @@ from typing import Any
 
 # %% ../nbs/06d_bench.ipynb #630100e1
 from .core import UserError, append_jsonl, content_hash, data_path, installed, read_jsonl, write_json
-from .engine import HFEngine, _free, bf16_emulated, embedded_model, load_engine
+from .engine import HFEngine, _free, _mask, bf16_emulated, embedded_model, load_engine
 from .judge import LABELS, SYSTEM, Judge, judge_lead, judge_prefix, judge_suffix
 from .rubric import Question, Rubric, load_rubric
 from .server import LabelTree
@@ -140,7 +140,7 @@ def _read_heads(engine: HFEngine, heads: list[tuple[int, ...]], cache: Any, lens
     logits = engine.model(
         input_ids=torch.tensor([[h[-1] for h in heads]], device=device).expand(rows, -1),
         position_ids=lens[:, None] + torch.tensor([[len(h) - 1 for h in heads]], device=device),
-        attention_mask=engine._mask(mask),
+        attention_mask=_mask(engine.model, mask),
         past_key_values=cache,
         use_cache=True,
     ).logits

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Answer', 'Chat', 'Segment', 'EngineError', 'Usage', 'Leads', 'Writer', 'Engine', 'embedded_model', 'quiet',
            'load_model', 'model_path', 'failed', 'bf16_emulated', 'unpacked', 'weights_hash', 'tokens_of', 'frame_of',
-           'HFEngine', 'normalise', 'load_engine']
+           'normalise', 'HFEngine', 'load_engine']
 
 # %% ../nbs/03_engine.ipynb #c16833a3
 import contextlib
@@ -421,7 +421,7 @@ class _Kept:
     head: _Prefix
     room: int  # tokens of the longest lead
     ends: list[int]  # per lead, where it ends in the keys
-    layers: list[tuple[Any, Any]]  # keys and values of all leads, one after another [1, key heads, tokens, head size]
+    layers: list[tuple[Any, ...]]  # keys and values of all leads, one after another [1, key heads, tokens, head size]
 
     def of(self, leads: Sequence[int]) -> tuple[list[int], list[tuple[Any, Any]]]:
         "Tokens of some leads, and their keys and values per layer."
@@ -742,7 +742,193 @@ def _in_two_parts(model: Any, cache: Any, lens: list[int], packed: _Packed, lead
         config._attn_implementation = usual
         _split.reset(token)
 
-# %% ../nbs/03_engine.ipynb #1b7457c0
+# %% ../nbs/03_engine.ipynb #520a1a83
+def _copy(model: Any, cache: Any, rows: int | list[int]) -> Any:
+    "A cache with the one row repeated, or with some rows of it."
+    from transformers import DynamicCache
+
+    new = DynamicCache(config=model.config)
+    for i, layer in enumerate(cache.layers if cache is not None else ()):
+        if isinstance(rows, int):
+            new.update(layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1), i)
+        else:
+            new.update(layer.keys[rows], layer.values[rows], i)
+    return new
+
+
+def _extend(model: Any, prefix: _Prefix, ids: list[int], room: int = 0, least: int = _SHARE) -> _Prefix:
+    "A longer prefix, read on top of a shorter one that begins it."
+    import torch
+
+    more, device = ids[len(prefix.ids) :], model.device
+    if len(more) < least:
+        return prefix
+    cache = _copy(model, prefix.cache, 1)
+    model(
+        input_ids=torch.tensor([more], device=device),
+        position_ids=torch.arange(len(prefix.ids), len(ids), device=device)[None] + room,
+        past_key_values=cache,
+        logits_to_keep=1,
+    )
+    return _Prefix(ids, cache)
+
+# %% ../nbs/03_engine.ipynb #c06d0909
+def _cache_of(model: Any, pad: int, shared: _Prefix, ids: list[list[int]], room: int) -> Any:
+    "Keys and values of prefixes, one row each, padded on the right."
+    import torch
+
+    device, begun, parts = model.device, len(shared.ids), []
+    for rows in _even([len(p) - begun for p in ids], _PASS[device.type == "cpu"]):
+        width = max(len(ids[r]) for r in rows)
+        cache = _copy(model, shared.cache, len(rows))
+        tokens = [ids[r] + [pad] * (width - len(ids[r])) for r in rows]
+        mask = [[k < len(ids[r]) for k in range(width)] for r in rows]
+        if width > begun:
+            model(
+                input_ids=torch.tensor(tokens, device=device)[:, begun:],
+                position_ids=torch.arange(begun, width, device=device)[None].expand(len(rows), -1) + room,
+                attention_mask=torch.tensor(mask, device=device).long(),
+                past_key_values=cache,
+                logits_to_keep=1,
+            )
+        parts.append((rows, cache))
+    return _joined(model, parts, len(ids))
+
+
+def _joined(model: Any, parts: list[tuple[list[int], Any]], rows: int) -> Any:
+    "One cache of the rows of several, of which the last is the longest."
+    from transformers import DynamicCache
+
+    whole = DynamicCache(config=model.config)
+    for i, layer in enumerate(parts[-1][1].layers):
+        keys, values = (x.new_zeros((rows, *x.shape[1:])) for x in (layer.keys, layer.values))
+        for some, cache in parts:
+            part = cache.layers[i]
+            keys[some, :, : part.keys.shape[2]], values[some, :, : part.values.shape[2]] = part.keys, part.values
+        whole.update(keys, values, i)
+    return whole
+
+# %% ../nbs/03_engine.ipynb #91584be4
+def _mask(model: Any, sees: Any) -> Any:
+    "Who sees whom, bool [rows, tokens, keys], as the model's attention takes it: others than SDPA add it."
+    import torch
+
+    if model.config._attn_implementation == "sdpa":
+        return sees[:, None]
+    out = torch.zeros(sees.shape, dtype=model.dtype, device=sees.device)
+    return out.masked_fill(~sees, torch.finfo(model.dtype).min)[:, None]
+
+
+def _lead(model: Any, root: _Prefix, leads: list[list[int]]) -> list[tuple[Any, Any]]:
+    "Per layer, keys and values of a few leads behind a head."
+    import torch
+
+    device, n = model.device, len(root.ids)
+    packed, cache = _pack([_branch(x, []) for x in leads]), _copy(model, root.cache, 1)
+    mask = torch.cat([torch.ones(len(packed.tokens), n, dtype=torch.bool), packed.sees], 1)
+    model(
+        input_ids=torch.tensor([packed.tokens], device=device),
+        position_ids=torch.tensor([packed.depths], device=device) + n,
+        attention_mask=_mask(model, mask[None].to(device)),
+        past_key_values=cache,
+        logits_to_keep=1,
+    )
+    return [(x.keys[:, :, n:], x.values[:, :, n:]) for x in cache.layers]
+
+
+def _keep(model: Any, key: str, head: list[int], leads: list[list[int]]) -> _Kept:
+    "Read leads behind a head, one at a time in front of a sliding window."
+    import torch
+
+    each, root = 1 if _window(model) else _LEADS, _extend(model, _Prefix([], None), head, least=1)
+    parts = [_lead(model, root, leads[i : i + each]) for i in range(0, len(leads), each)]
+    layers = [tuple(torch.cat(x, 2) for x in zip(*layer, strict=True)) for layer in zip(*parts, strict=True)]
+    return _Kept(key, root, max(map(len, leads)), list(itertools.accumulate(map(len, leads))), layers)
+
+# %% ../nbs/03_engine.ipynb #c194157d
+def _logits(
+    model: Any, room: int, packed: _Packed, leads: list[tuple[Any, Any]], cache: Any, real: Any, lens: Any
+) -> Any:
+    "What the model expects behind the tokens that are read [rows, reads, vocabulary]; the cache is left as it was."
+    import torch
+
+    device, rows = model.device, len(lens)
+    depths = torch.tensor([packed.depths], device=device)
+    inputs = {
+        "input_ids": torch.tensor([packed.tokens], device=device).expand(rows, -1),
+        "position_ids": lens[:, None] + room + depths,
+        "logits_to_keep": torch.tensor(packed.reads, device=device),
+    }
+    if _splits(model):
+        with _in_two_parts(model, cache, lens.tolist(), packed, leads):
+            return model(**inputs, use_cache=False).logits.float()
+    sees = packed.sees.to(device)[None].expand(rows, -1, -1)
+    mask = torch.cat([real[:, None].expand(-1, depths.numel(), -1), sees], -1)
+    for i, pair in enumerate(leads):
+        cache.update(*(x.expand(rows, -1, -1, -1) for x in pair), i)
+    logits = model(**inputs, attention_mask=_mask(model, mask), past_key_values=cache, use_cache=True).logits.float()
+    cache.crop(-sees.shape[-1])
+    return logits
+
+# %% ../nbs/03_engine.ipynb #c7ab5cc2
+def _ask(
+    model: Any,
+    work: _Work,
+    asked: list[int],  # branches
+    rows: list[int],  # rows of `out`, in the order of the cache
+    cache: Any,
+    real: Any,  # which keys of the cache are no padding [rows, keys]
+    lens: Any,  # tokens of each prefix
+    out: list[list[Answer]],
+) -> None:
+    "Put some questions to some rows and write the answers into `out`."
+    import torch
+
+    for start in range(0, len(asked), work.chunk):
+        some = asked[start : start + work.chunk]
+        lengths, leads = work.kept.of([work.leads[i] for i in some]) if work.kept else ([], [])
+        packed = _pack([work.branches[i] for i in some], lengths)
+        logits = _logits(model, work.room, packed, leads, cache, real, lens)
+        at = torch.tensor([e for branch in packed.paths for path in branch for e in path], device=model.device)
+        edges = (logits[:, at[:, 0], at[:, 1]] - logits.logsumexp(-1)[:, at[:, 0]]).tolist()
+        for r, values in zip(rows, edges, strict=True):
+            take = iter(values)
+            for i, branch in zip(some, packed.paths, strict=True):
+                logps = [sum(next(take) for _ in path) for path in branch]
+                try:
+                    out[r][i] = normalise(work.labels[i], logps)
+                except EngineError as e:
+                    out[r][i] = e
+
+
+def normalise(
+    labels: Sequence[str],
+    logps: Sequence[float],  # log-probability of each
+) -> dict[str, float]:
+    "Probability of each label among the labels. Raises `EngineError` if one has no finite log-probability."
+    if not all(map(math.isfinite, logps)):
+        raise EngineError("gave a log-probability that is no number")
+    top = max(logps)
+    weights = [math.exp(x - top) for x in logps]
+    return {label: w / sum(weights) for label, w in zip(labels, weights, strict=True)}
+
+# %% ../nbs/03_engine.ipynb #f5e107b5
+def _read(model: Any, pad: int, work: _Work, shared: _Prefix, ids: list[list[int]]) -> list[list[Answer]]:
+    "Per prefix and branch, the answer: first what depends on nothing, then what is still worth asking."
+    import torch
+
+    lens = torch.tensor([len(p) for p in ids], device=model.device)
+    cache = _cache_of(model, pad, shared, ids, work.room)
+    real = torch.arange(max(map(len, ids)), device=model.device)[None] < lens[:, None]
+    out: list[list[Answer]] = [[None] * len(work.branches) for _ in ids]
+    _ask(model, work, work.first(), list(range(len(ids))), cache, real, lens, out)
+    for rows, asked in work.rest(out).items():
+        if rows:
+            part = cache if len(rows) == len(ids) else _copy(model, cache, list(rows))
+            _ask(model, work, asked, list(rows), part, real[list(rows)], lens[list(rows)], out)
+    return out
+
+# %% ../nbs/03_engine.ipynb #62170409
 def _window(model: Any) -> int | None:
     "Keys that the narrowest sliding window of a model reaches over, itself included; None if there is none."
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
@@ -755,6 +941,22 @@ def _window(model: Any) -> int | None:
     return min((x.sliding_window for x in layers if getattr(x, "is_sliding", False)), default=None)
 
 
+def _fitting(model: Any, work: _Work, ids: list[list[int]], out: list[list[Answer]]) -> tuple[list[int], _Work]:
+    "Rows that the model has positions and a window for, errors in `out` for the others; chunks that fit in both."
+    own = max((len(b.tokens) for b in work.branches), default=0) + work.room
+    takes = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    window = (_window(model) if own else None) or math.inf
+    fit = [r for r, x in enumerate(ids) if len(x) + own <= min(takes, window - 1)]
+    for r in {*range(len(ids))} - {*fit}:
+        n, short = len(ids[r]) + own, f"looks back over {window}: judge with one without a sliding window"
+        error = EngineError(f"a prompt has {n} tokens, the model " + (f"takes {takes}" if n > takes else short))
+        out[r] = [error for _ in work.branches]
+    if fit and window < math.inf:
+        free = int(window) - 1 - max(len(ids[r]) for r in fit)
+        work = replace(work, chunk=min(work.chunk, free // own))
+    return fit, work
+
+# %% ../nbs/03_engine.ipynb #1b7457c0
 @contextlib.contextmanager
 def _adapters_off(model: Any) -> Iterator[None]:
     "Every layer answers without its adapters, also where the model is the one inside a peft model."
@@ -930,16 +1132,17 @@ class HFEngine:
             work = replace(work, kept=self.kept, leads=leads.of)
         root = work.kept.head if work.kept else _Prefix([], None)
         out: list[list[Answer]] = [[] for _ in ids]
-        self.tokens_read, begun = [0] * len(ids), len(root.ids)
-        fit, work = self._fitting(work, ids, out)
+        self.tokens_read, begun, pad = [0] * len(ids), len(root.ids), self.tokenizer.pad_token_id
+        fit, work = _fitting(self.model, work, ids, out)
         with self.inference():
             if len(fit) > 1:
-                root = self._extend(root, _common([ids[i] for i in fit]), work.room)
+                root = _extend(self.model, root, _common([ids[i] for i in fit]), work.room)
             for batch in _batches([ids[i] for i in fit], self.rows):
                 rows = [fit[i] for i in batch]
-                shared = self._extend(root, _common([ids[i] for i in rows]) if len(rows) > 1 else root.ids, work.room)
+                common = _common([ids[i] for i in rows]) if len(rows) > 1 else root.ids
+                shared = _extend(self.model, root, common, work.room)
                 own = len(shared.ids) - len(root.ids)
-                told = self._read(work, shared, [ids[i] for i in rows])
+                told = _read(self.model, pad, work, shared, [ids[i] for i in rows])
                 for n, (r, answers) in enumerate(zip(rows, told, strict=True)):
                     out[r] = answers
                     asked = sum(len(b.tokens) for b, a in zip(branches, answers, strict=True) if a is not None)
@@ -948,204 +1151,20 @@ class HFEngine:
             self.tokens_read[0] += once + len(root.ids) - begun
         return out
 
-    def _fitting(self, work: "_Work", ids: list[list[int]], out: list[list[Answer]]) -> tuple[list[int], "_Work"]:
-        "Rows that the model has positions and a window for, errors in `out` for the others; chunks that fit in both."
-        own = max((len(b.tokens) for b in work.branches), default=0) + work.room
-        takes = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-        window = (_window(self.model) if own else None) or math.inf
-        fit = [r for r, x in enumerate(ids) if len(x) + own <= min(takes, window - 1)]
-        for r in {*range(len(ids))} - {*fit}:
-            n, short = len(ids[r]) + own, f"looks back over {window}: judge with one without a sliding window"
-            error = EngineError(f"a prompt has {n} tokens, the model " + (f"takes {takes}" if n > takes else short))
-            out[r] = [error for _ in work.branches]
-        if fit and window < math.inf:
-            free = int(window) - 1 - max(len(ids[r]) for r in fit)
-            work = replace(work, chunk=min(work.chunk, free // own))
-        return fit, work
-
     def read_leads(
         self,
         head: Segment,  # what stands before them
         texts: Sequence[str],
     ) -> int:
         "Read leads behind a head and keep them, in place of the ones before; returns the tokens computed, 0 if kept."
-        import torch
-
         ids, leads = self.tokens([head]), [self.tokens([(text, True)]) for text in texts]
         key = content_hash([self.identity(), ids, leads])
         if self.kept is not None and self.kept.key == key:
             return 0
-        self.kept, room, ends = None, max(map(len, leads)), list(itertools.accumulate(map(len, leads)))
-        each = 1 if _window(self.model) else _LEADS
+        self.kept = None
         with self.inference():
-            root = self._extend(_Prefix([], None), ids, least=1)
-            parts = [self._lead(root, leads[i : i + each]) for i in range(0, len(leads), each)]
-        layers = [
-            (torch.cat(keys, 2), torch.cat(values, 2))
-            for keys, values in (zip(*x, strict=True) for x in zip(*parts, strict=True))
-        ]
-        self.kept = _Kept(key, root, room, ends, layers)
-        return len(ids) + ends[-1]
-
-    def _lead(self, root: "_Prefix", leads: list[list[int]]) -> list[tuple[Any, Any]]:
-        "Per layer, keys and values of a few leads behind a head."
-        import torch
-
-        device, n = self.model.device, len(root.ids)
-        packed, cache = _pack([_branch(x, []) for x in leads]), self._copy(root.cache, 1)
-        mask = torch.cat([torch.ones(len(packed.tokens), n, dtype=torch.bool), packed.sees], 1)
-        self.model(
-            input_ids=torch.tensor([packed.tokens], device=device),
-            position_ids=torch.tensor([packed.depths], device=device) + n,
-            attention_mask=self._mask(mask[None].to(device)),
-            past_key_values=cache,
-            logits_to_keep=1,
-        )
-        return [(x.keys[:, :, n:], x.values[:, :, n:]) for x in cache.layers]
-
-    def _mask(self, sees: Any) -> Any:
-        "Who sees whom, bool [rows, tokens, keys], as the model's attention takes it: others than SDPA add it."
-        import torch
-
-        if self.model.config._attn_implementation == "sdpa":
-            return sees[:, None]
-        dtype = self.model.dtype
-        return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill(~sees, torch.finfo(dtype).min)[
-            :, None
-        ]
-
-    def _extend(self, prefix: "_Prefix", ids: list[int], room: int = 0, least: int = _SHARE) -> "_Prefix":
-        "A longer prefix, read on top of a shorter one that begins it."
-        import torch
-
-        more, device = ids[len(prefix.ids) :], self.model.device
-        if len(more) < least:
-            return prefix
-        cache = self._copy(prefix.cache, 1)
-        self.model(
-            input_ids=torch.tensor([more], device=device),
-            position_ids=torch.arange(len(prefix.ids), len(ids), device=device)[None] + room,
-            past_key_values=cache,
-            logits_to_keep=1,
-        )
-        return _Prefix(ids, cache)
-
-    def _copy(self, cache: Any, rows: int | list[int]) -> Any:
-        "A cache with the one row repeated, or with some rows of it."
-        from transformers import DynamicCache
-
-        new = DynamicCache(config=self.model.config)
-        for i, layer in enumerate(cache.layers if cache is not None else ()):
-            if isinstance(rows, int):
-                new.update(layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1), i)
-            else:
-                new.update(layer.keys[rows], layer.values[rows], i)
-        return new
-
-    def _read(self, work: "_Work", shared: "_Prefix", ids: list[list[int]]) -> list[list[Answer]]:
-        "Per prefix and branch, the answer: first what depends on nothing, then what is still worth asking."
-        import torch
-
-        device = self.model.device
-        lens = torch.tensor([len(p) for p in ids], device=device)
-        cache = self._cache_of(shared, ids, work.room)
-        real = torch.arange(max(map(len, ids)), device=device)[None] < lens[:, None]
-        out: list[list[Answer]] = [[None] * len(work.branches) for _ in ids]
-        self._ask(work, work.first(), list(range(len(ids))), cache, real, lens, out)
-        for rows, asked in work.rest(out).items():
-            if rows:
-                part = cache if len(rows) == len(ids) else self._copy(cache, list(rows))
-                self._ask(work, asked, list(rows), part, real[list(rows)], lens[list(rows)], out)
-        return out
-
-    def _cache_of(self, shared: "_Prefix", ids: list[list[int]], room: int) -> Any:
-        "Keys and values of prefixes, one row each, padded on the right."
-        import torch
-        from transformers import DynamicCache
-
-        device, begun, parts = self.model.device, len(shared.ids), []
-        for rows in _even([len(p) - begun for p in ids], _PASS[device.type == "cpu"]):
-            width = max(len(ids[r]) for r in rows)
-            cache = self._copy(shared.cache, len(rows))
-            tokens = [ids[r] + [self.tokenizer.pad_token_id] * (width - len(ids[r])) for r in rows]
-            mask = [[k < len(ids[r]) for k in range(width)] for r in rows]
-            if width > begun:
-                self.model(
-                    input_ids=torch.tensor(tokens, device=device)[:, begun:],
-                    position_ids=torch.arange(begun, width, device=device)[None].expand(len(rows), -1) + room,
-                    attention_mask=torch.tensor(mask, device=device).long(),
-                    past_key_values=cache,
-                    logits_to_keep=1,
-                )
-            parts.append((rows, cache))
-        whole = DynamicCache(config=self.model.config)
-        for i, layer in enumerate(parts[-1][1].layers):  # the longest come last
-            shape = (len(ids), *layer.keys.shape[1:])
-            keys, values = layer.keys.new_zeros(shape), layer.values.new_zeros((len(ids), *layer.values.shape[1:]))
-            for rows, cache in parts:
-                part = cache.layers[i]
-                keys[rows, :, : part.keys.shape[2]], values[rows, :, : part.values.shape[2]] = part.keys, part.values
-            whole.update(keys, values, i)
-        return whole
-
-    def _ask(
-        self,
-        work: "_Work",
-        asked: list[int],  # branches
-        rows: list[int],  # rows of `out`, in the order of the cache
-        cache: Any,
-        real: Any,
-        lens: Any,
-        out: list[list[Answer]],
-    ) -> None:
-        "Put some questions to some rows and write the answers into `out`; the cache is left as it was."
-        import torch
-
-        device = self.model.device
-        for start in range(0, len(asked), work.chunk):
-            some = asked[start : start + work.chunk]
-            lengths, leads = work.kept.of([work.leads[i] for i in some]) if work.kept else ([], [])
-            packed = _pack([work.branches[i] for i in some], lengths)
-            depths = torch.tensor([packed.depths], device=device)
-            inputs = {
-                "input_ids": torch.tensor([packed.tokens], device=device).expand(len(rows), -1),
-                "position_ids": lens[:, None] + work.room + depths,
-                "logits_to_keep": torch.tensor(packed.reads, device=device),
-            }
-            if _splits(self.model):
-                with _in_two_parts(self.model, cache, lens.tolist(), packed, leads):
-                    logits = self.model(**inputs, use_cache=False).logits.float()
-            else:
-                sees = packed.sees.to(device)[None].expand(len(rows), -1, -1)
-                mask = torch.cat([real[:, None].expand(-1, depths.numel(), -1), sees], -1)
-                for i, (keys, values) in enumerate(leads):
-                    cache.update(*(x.expand(len(rows), -1, -1, -1) for x in (keys, values)), i)
-                inputs |= {"attention_mask": self._mask(mask), "past_key_values": cache}
-                logits = self.model(**inputs, use_cache=True).logits.float()
-                cache.crop(-sees.shape[-1])
-            edges_of = [edge for branch in packed.paths for path in branch for edge in path]
-            at = torch.tensor(edges_of, device=device)
-            edges = (logits[:, at[:, 0], at[:, 1]] - logits.logsumexp(-1)[:, at[:, 0]]).tolist()
-            for r, values in zip(rows, edges, strict=True):
-                take = iter(values)
-                for i, branch in zip(some, packed.paths, strict=True):
-                    logps = [sum(next(take) for _ in path) for path in branch]
-                    try:
-                        out[r][i] = normalise(work.labels[i], logps)
-                    except EngineError as e:
-                        out[r][i] = e
-
-
-def normalise(
-    labels: Sequence[str],
-    logps: Sequence[float],  # log-probability of each
-) -> dict[str, float]:
-    "Probability of each label among the labels. Raises `EngineError` if one has no finite log-probability."
-    if not all(map(math.isfinite, logps)):
-        raise EngineError("gave a log-probability that is no number")
-    top = max(logps)
-    weights = [math.exp(x - top) for x in logps]
-    return {label: w / sum(weights) for label, w in zip(labels, weights, strict=True)}
+            self.kept = _keep(self.model, key, ids, leads)
+        return len(ids) + self.kept.ends[-1]
 
 # %% ../nbs/03_engine.ipynb #0fb2c17b
 @functools.lru_cache(maxsize=2)

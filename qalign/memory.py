@@ -535,7 +535,7 @@ class _Shape:
     def layer(self, rows: int, new: int, past: int = -1, train: bool = False, adapter: bool = True) -> _Trace:
         return _trace_layer(self.key, self.kind, self.s.lora_r, rows, new, past, train, adapter)
 
-
+# %% ../nbs/11_memory.ipynb #8078c9a7
 def _weights(z: _Shape) -> list[_Term]:
     n = sum(o * i for o, i in z.w.linear)
     if z.s.quantization != "nf4":
@@ -603,7 +603,7 @@ def _generate(z: _Shape) -> dict[str, list[_Term]]:
         ],
     }
 
-
+# %% ../nbs/11_memory.ipynb #33f9e832
 def _chats(z: _Shape, rows: int, read: int, new: int, adapter: bool = True) -> list[_Term]:
     "Writing by itself: rows chats of read tokens, new more of each."
     reading = z.layer(rows, read, 0, adapter=adapter).forward + 2 * z.x(rows, read) + rows * read**2
@@ -642,7 +642,7 @@ def _records(z: _Shape) -> list[_Term]:
         jobs.append((rows, read[s.revision_writer], s.revision_tokens))
     return [*_held(z), *max((_chats(z, *job) for job in jobs), key=lambda terms: sum(t.bytes for t in terms))]
 
-
+# %% ../nbs/11_memory.ipynb #b779979c
 def _judging(z: _Shape) -> dict[str, list[_Term]]:
     if z.s.judge.partition(":")[0] not in ("self", "tuned"):
         return {}
@@ -767,7 +767,7 @@ def plan(
         config,
     )
 
-
+# %% ../nbs/11_memory.ipynb #3d09d868
 def _loading(z: _Shape) -> list[_Term]:
     if z.s.quantization != "nf4":
         return _weights(z)

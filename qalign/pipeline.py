@@ -77,7 +77,7 @@ class Plan:
             "prompts": content_hash([parts, [p.text for ps in self.prompts.values() for p in ps]]),
         }
 
-
+# %% ../nbs/17_pipeline.ipynb #4da70cf8
 def _doubts(settings: Settings) -> list[str]:
     "What a reader should know of settings that are allowed and seldom meant."
     out = [line for line in (sft_warning(settings), grpo_warning(settings)) if line]
@@ -88,7 +88,7 @@ def _doubts(settings: Settings) -> list[str]:
         out.append("the judge was taught on another rubric: `qalign rubric test` tells what it makes of this one")
     return out
 
-
+# %% ../nbs/17_pipeline.ipynb #8bb7393d
 _CANARIES = 8  # benign prompts asked during GRPO, held out from everything else
 
 
@@ -138,7 +138,7 @@ GRPO_KEYS = (  # settings of GRPO: before it they decide nothing but the column 
 )
 _LATER = ("preset", *_FREE, *_SIZES, "rollout", *GRPO_KEYS)  # in which a run begun from another may differ
 
-
+# %% ../nbs/17_pipeline.ipynb #97764334
 @dataclass
 class Folder:
     "A run folder and what is finished in it."
@@ -163,7 +163,7 @@ class Folder:
             target = self.path / name
             shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
 
-
+# %% ../nbs/17_pipeline.ipynb #602daf41
 def open_folder(
     path: Path | str,  # the run folder
     plan: Plan,
@@ -187,7 +187,7 @@ def open_folder(
     write_json(record, _about(plan))
     return folder
 
-
+# %% ../nbs/17_pipeline.ipynb #433e93fb
 def _vacant(path: Path) -> None:
     "Raise `UserError` if a run folder cannot be made there; what a kill left of a first settings.json is removed."
     if path.exists() and not path.is_dir():
@@ -214,7 +214,7 @@ def _record(path: Path) -> dict[str, Any] | None:
         return None
     return found if isinstance(found, dict) and {"settings", "rubric", "prompts"} <= set(found) else None
 
-
+# %% ../nbs/17_pipeline.ipynb #44390afd
 def holds_run(
     path: Path | str,  # any folder
 ) -> bool:
@@ -286,7 +286,7 @@ def _taken(source: Path, plan: Plan) -> tuple[list[str], dict[str, Any]]:
         raise UserError(f"{source} has finished no stage before GRPO: leave out --from")
     return stages, old
 
-
+# %% ../nbs/17_pipeline.ipynb #c6b1849b
 def _take_over(source: Path, new: Path, stages: Sequence[str]) -> None:
     "Copy what these stages made, and the verdicts."
     logs = {"metrics.jsonl": "part", "timings.jsonl": "stage"}
@@ -560,7 +560,7 @@ def _remedy(e: Exception, folder: Folder) -> str:
         return f"memory ran out: give another --out with a lower generate_batch, micro_batch, judge_rows{more}"
     return ""
 
-
+# %% ../nbs/17_pipeline.ipynb #c33a7cf9
 def run(
     settings: Settings,
     out: Path | str,  # run folder
@@ -599,7 +599,7 @@ def run(
 def _silent(line: str) -> None:
     "What processes behind the first say."
 
-
+# %% ../nbs/17_pipeline.ipynb #44ee1d9d
 def _checked(
     settings: Settings,
     out: Path,
@@ -637,7 +637,7 @@ def _finish(folder: Folder, name: str, seconds: float, info: Mapping[str, Any]) 
     append_jsonl(folder.path / "timings.jsonl", row)
     write_json(folder.path / "stages" / f"{name}.json", info)
 
-
+# %% ../nbs/17_pipeline.ipynb #7d33ce70
 def check_lengths(
     plan: Plan,
     policy: Policy,

@@ -27,7 +27,7 @@ import yaml
 
 # %% ../nbs/06b_tune.ipynb #fbdabc3b
 from .core import UserError, content_hash, data_path, read_jsonl, versions, write_json, write_jsonl
-from .engine import HFEngine, _Branch, _branch, _pack, _window, unpacked
+from .engine import HFEngine, _Branch, _branch, _mask, _pack, _window, unpacked
 from .fixtures import Fixture, answer_fixtures, report_card
 from .judge import LABELS, SYSTEM, Scorecard, judge_prefix, judge_suffix
 from .reward import read_credit
@@ -194,7 +194,7 @@ def _forward(engine: HFEngine, head: list[int], trees: Sequence[_Branch]) -> tup
     logits = engine.model(
         input_ids=torch.tensor([head + row.tokens], device=device),
         position_ids=torch.tensor([[*range(n), *(n + d for d in row.depths)]], device=device),
-        attention_mask=engine._mask(mask.to(device)[None]),
+        attention_mask=_mask(engine.model, mask.to(device)[None]),
         use_cache=False,
         logits_to_keep=torch.tensor([n + i for i in row.reads], device=device),
     ).logits[0]
