@@ -132,7 +132,7 @@ def _by_set(rows_by_model: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[st
     models = sorted(rows_by_model, key=lambda m: (_MODELS.index(m) if m in _MODELS else len(_MODELS), m))
     for model in models:
         if not rows_by_model[model]:
-            raise UserError(f"no evaluation rows of {model}: go on with stage evaluate: qalign run --resume")
+            raise UserError(f"no evaluation rows of {model}: evaluate it, or leave it out")
         for row in rows_by_model[model]:
             out.setdefault(row["set"], {}).setdefault(model, {})[row["prompt_id"], row["trial"]] = row
     for name, rows in out.items():

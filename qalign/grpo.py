@@ -446,6 +446,16 @@ def _end(s: _Session, row: Mapping[str, Any]) -> tuple[dict[str, float], bool]:
     return _tracker_row(out, s.monitor), any(a.stop for a in spoken)
 
 
+def _speak(s: _Session, spoken: Sequence[Alarm]) -> None:
+    "Write and say the alarms that alarms.jsonl does not hold yet."
+    path = s.folder / "alarms.jsonl"
+    known = {(a["rule"], a["step"]) for a in read_jsonl(path)} if path.exists() else set()
+    for a in spoken:
+        if (a.rule, a.step) not in known:
+            append_jsonl(path, a.to_dict())
+            s.say(a.text)
+
+
 def _tracker_row(row: Mapping[str, Any], monitor: Monitor) -> dict[str, float]:
     "A row of metrics.jsonl as a tracker takes it: what was measured, and a 1 for each rule that speaks."
     speaking = [*monitor.speaking, *(a.rule for a in monitor.stopped())]
@@ -495,6 +505,9 @@ def _watch(session: _Session) -> Any:
     from transformers import TrainerCallback
 
     class Watch(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            state.save_steps = args.save_steps  # a resumed state holds those of the run before
+
         def on_step_begin(self, args, state, control, **kwargs):
             _begin(session, state.global_step)
 
@@ -648,9 +661,6 @@ def _take_up(
         for name, was in found[1]["versions"].items():
             if versions().get(name) != was:
                 say(f"note: {name} was {was}, now {versions().get(name)}: the rest may differ in the last digits")
-        say(f"GRPO goes on after step {found[1]['step']}")
-        if _on_gpu():
-            say("note: a GPU adds in no fixed order: the rest may differ in the last digits from an uninterrupted run")
     rewind(folder, found[1]["step"] if found else 0)
     return found
 
@@ -752,8 +762,13 @@ def train_grpo(
     session = _Session(settings, folder, reward, log, say, monitor, identity, canaries)
     session.saved = session.step = found[1]["step"] if found else 0
     if found and (session.step >= settings.grpo_steps or monitor.stopped()):
+        by_first(lambda: _speak(session, monitor.stopped()))  # of a rule that came with the resume
         _read_adapter(model, found[0])  # it had ended: nothing is left to train
         return reward
+    if found:
+        say(f"GRPO goes on after step {session.step}")
+        if _on_gpu():
+            say("note: a GPU adds in no fixed order: the rest may differ in the last digits from an uninterrupted run")
     by_first(lambda: _write_arguments(settings, folder))
     trainer = _trainer(model, tokenizer, args, prompts, session, callbacks, rollout)
     with unpacked(model), _one_line(session):

@@ -38,26 +38,37 @@ class Records:
     timings: list[dict[str, Any]]  # timings.jsonl; empty if there is none
 
 # %% ../nbs/15_report.ipynb #ecbe4610
-def _need(run: Path, name: str, command: str) -> Path:
+def _again(run: Path, stage: str) -> str:
+    "How to have a stage made that writes what is missing; '' names none."
+    if not stage:
+        return "give the folder of a run"
+    finished = (run / "stages" / f"{stage}.json").exists()  # then it would be passed over
+    return (f"remove stages/{stage}.json there, then " if finished else "go on: ") + "qalign run --resume"
+
+
+def _need(run: Path, name: str, stage: str) -> Path:
     if not (run / name).is_file():
-        raise UserError(f"no {name} in the run {run.name}: go on with stage {command}: qalign run --resume")
+        raise UserError(f"no {name} in the run {run.name}: {_again(run, stage)}")
     return run / name
 
 
-def _json(run: Path, name: str, command: str, *keys: str) -> dict[str, Any]:
+def _json(run: Path, name: str, stage: str, *keys: str) -> dict[str, Any]:
     try:
-        found = json.loads(_need(run, name, command).read_text(encoding="utf-8"))
+        found = json.loads(_need(run, name, stage).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise UserError(f"{name} is not JSON ({e}): go on with stage {command}: qalign run --resume") from None
+        raise UserError(f"{name} is not JSON ({e}): {_again(run, stage)}") from None
     if missing := [k for k in keys if not isinstance(found, dict) or k not in found]:
-        raise UserError(f"{name} has no {missing[0]!r}: go on with stage {command}: qalign run --resume")
+        raise UserError(f"{name} has no {missing[0]!r}: {_again(run, stage)}")
     return found
 
 
-def _steps(rows: Sequence[dict[str, Any]], stage: str) -> list[dict[str, Any]]:
+_LENGTH = {"sft": "sft_epochs", "grpo": "grpo_steps"}  # settings that may be 0: the stage then trains nothing
+
+
+def _steps(run: Path, about: Mapping[str, Any], rows: Sequence[dict[str, Any]], stage: str) -> list[dict[str, Any]]:
     by_step = {r["step"]: r for r in rows if r.get("stage") == stage}
-    if not by_step:
-        raise UserError(f"no {stage} rows in metrics.jsonl: go on with stage {stage}: qalign run --resume")
+    if not by_step and about["settings"].get(_LENGTH[stage]) != 0:
+        raise UserError(f"no {stage} rows in metrics.jsonl: {_again(run, stage)}")
     return [by_step[step] for step in sorted(by_step)]
 
 # %% ../nbs/15_report.ipynb #13678cf7
@@ -68,12 +79,12 @@ def read_run(
     run = Path(run)
     if not run.is_dir():
         raise UserError(f"no run folder {run.name}: give the path of a folder below runs/")
-    about = _json(run, "settings.json", "sft", "settings")
+    about = _json(run, "settings.json", "", "settings")
     metrics = list(read_jsonl(_need(run, "metrics.jsonl", "sft")))
-    sft, grpo = _steps(metrics, "sft"), _steps(metrics, "grpo")
-    rows = list(read_jsonl(_need(run, "eval/grpo.jsonl", "evaluate")))
-    heatmap = _json(run, "eval/heatmap.json", "evaluate", "prompt", "parts", "questions")
-    summary = _json(run, "summary.json", "evaluate", "table", "comparisons")
+    sft, grpo = (_steps(run, about, metrics, stage) for stage in ("sft", "grpo"))
+    rows = list(read_jsonl(_need(run, "eval/grpo.jsonl", "after_grpo")))
+    heatmap = _json(run, "eval/heatmap.json", "after_grpo", "prompt", "parts", "questions")
+    summary = _json(run, "summary.json", "report", "table", "comparisons")
     timings = list(read_jsonl(run / "timings.jsonl")) if (run / "timings.jsonl").is_file() else []
     return Records(run.resolve().name, about, sft, grpo, rows, heatmap, summary, timings)
 
@@ -200,7 +211,8 @@ def _principles(records: Records, path: Path) -> None:
     if not names:  # every transcript was a format failure, and none was judged
         with _canvas(path) as (fig, axes):
             axes[0].set_axis_off()
-            fig.suptitle("No rollout had the form of a transcript: no principle was scored")
+            why = "No rollout had the form of a transcript" if rows else "No step of GRPO was taken"
+            fig.suptitle(f"{why}: no principle was scored")
         return
     moves = {p: trend(_floats(rows, f"revision/{p}")) for p in names}
     with _canvas(path, len(names), sharey=True) as (fig, axes):
@@ -327,7 +339,9 @@ def _panel(ax: Any, questions: Sequence[Mapping[str, Any]], title: str) -> Any:
 def _heatmap(records: Records, path: Path) -> None:
     questions = records.heatmap["questions"]
     if not questions:
-        raise UserError("no questions in eval/heatmap.json: go on with stage evaluate: qalign run --resume")
+        raise UserError(
+            "no questions in eval/heatmap.json: remove stages/after_grpo.json there, then qalign run --resume"
+        )
     names = list(dict.fromkeys(q["principle"] for q in questions))
     moves = [_value(q.get("revision")) - _value(q.get("draft")) for q in questions]
     up, down = sum(m > 1e-9 for m in moves), sum(m < -1e-9 for m in moves)

@@ -1,5 +1,6 @@
 "Room grpo: what TRL is told, exact resume after SIGKILL, faults that leave the last good checkpoint, TRL's own way in."
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib
@@ -9,6 +10,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -413,6 +415,38 @@ def test_a_stop_rule_ends_the_run_and_a_resumed_one_ends_there_too(children, tmp
     assert "stop_truncated = 0.5" in final(run)["said"][-1]
     assert children(str(run), overrides, resume=True) == 0
     equal(before, records(run))
+
+
+def test_what_a_resume_may_change_has_an_effect(tmp_path, monkeypatch):
+    "The cadence of checkpoints from there on; a stop rule that has been reached speaks, once, and ends the run."
+    for name in ("_score", "parse_trace"):
+        monkeypatch.setattr(reward_room, name, getattr(reward_room, name))  # put back at the end
+    any_text_is_a_transcript()
+
+    def go(run, stop_at=0, resume=False, **changes):
+        settings, said = load_settings("tiny", **{**PLAIN, "grpo_steps": 8, "save_steps": 3, **changes}), []
+
+        def log(row):
+            if row["step"] == stop_at:
+                raise UserError("power cut")
+            append_jsonl(run / "metrics.jsonl", {"stage": "grpo", **row})
+
+        with pytest.raises(UserError, match="power cut") if stop_at else contextlib.nullcontext():
+            train_grpo(*micro_model(settings), StubJudge(), PROMPTS, settings, run, log, said.append, resume)
+        return said
+
+    run, ended = tmp_path / "run", tmp_path / "ended"
+    go(run, stop_at=6)
+    shutil.copytree(run, ended)
+    assert "GRPO goes on after step 3" in go(run, resume=True, save_steps=1)
+    assert [r["step"] for r in read_jsonl(run / "timings.jsonl") if r["stage"] == "grpo/save"] == [3, 4, 5, 6, 7, 8]
+    said = go(ended, resume=True, stop_truncated=0.5)
+    [rule] = [a for a in read_jsonl(ended / "alarms.jsonl") if a["stop"]]
+    assert (rule["rule"], rule["step"]) == ("stop_truncated", 3) and rule["text"] in said
+    assert not [line for line in said if line.startswith("GRPO goes on")]
+    go(ended, resume=True, stop_truncated=0.5)
+    assert [r["step"] for r in read_jsonl(ended / "metrics.jsonl")] == [1, 2, 3]
+    assert len([a for a in read_jsonl(ended / "alarms.jsonl") if a["stop"]]) == 1
 
 
 def test_canaries_change_nothing(children, whole, tmp_path):

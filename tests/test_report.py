@@ -13,6 +13,7 @@ from PIL import Image
 from qalign import report
 from qalign.core import UserError, load_settings, write_json, write_jsonl
 from qalign.evaluate import summarize
+from qalign.pipeline import STAGES
 from qalign.report import figures, findings, read_run, trend, write_report
 from qalign.trace import render_trace
 
@@ -195,20 +196,38 @@ def test_a_step_logged_twice_counts_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "command"),
+    ("name", "stage"),
     [
-        ("settings.json", "sft"),
         ("metrics.jsonl", "sft"),
-        ("eval/grpo.jsonl", "evaluate"),
-        ("eval/heatmap.json", "evaluate"),
-        ("summary.json", "evaluate"),
+        ("eval/grpo.jsonl", "after_grpo"),
+        ("eval/heatmap.json", "after_grpo"),
+        ("summary.json", "report"),
     ],
 )
-def test_missing_files_are_named(run, name, command):
+def test_missing_files_are_named(run, name, stage):
     (run / name).unlink()
-    with pytest.raises(UserError, match=re.escape(f"no {name} in the run") + f".*stage {command}"):
+    with pytest.raises(UserError, match=re.escape(f"no {name} in the run") + ".*: go on: qalign run --resume"):
+        write_report(run)
+    assert stage in STAGES
+    write_json(run / "stages" / f"{stage}.json", {})
+    with pytest.raises(UserError, match=f": remove stages/{stage}.json there, then qalign run --resume"):
         write_report(run)
     assert not (run / "report.html").exists()
+
+
+def test_a_folder_without_settings_is_no_run(run):
+    (run / "settings.json").unlink()
+    with pytest.raises(UserError, match=r"no settings\.json in the run .*: give the folder of a run"):
+        write_report(run)
+
+
+def test_a_run_may_train_nothing(tmp_path):
+    run = make_run(tmp_path, sft=[], grpo=[])
+    about = json.loads((run / "settings.json").read_text())
+    about["settings"] |= {"sft_epochs": 0.0, "grpo_steps": 0}
+    write_json(run / "settings.json", about)
+    assert len(figures(run)) == 5 and "The reward has no scored step over 0 GRPO steps." in findings(run)
+    assert "Refusals by the kit" in write_report(run).read_text()
 
 
 def test_rollouts_that_were_never_judged_still_give_five_figures(tmp_path):
@@ -216,9 +235,9 @@ def test_rollouts_that_were_never_judged_still_give_five_figures(tmp_path):
 
 
 def test_missing_stages_are_named(tmp_path):
-    with pytest.raises(UserError, match=r"no grpo rows in metrics\.jsonl: go on with stage grpo: qalign run --resume"):
+    with pytest.raises(UserError, match=r"no grpo rows in metrics\.jsonl: go on: qalign run --resume"):
         figures(make_run(tmp_path, grpo=[]))
-    with pytest.raises(UserError, match=r"no sft rows in metrics\.jsonl: go on with stage sft: qalign run --resume"):
+    with pytest.raises(UserError, match=r"no sft rows in metrics\.jsonl: go on: qalign run --resume"):
         figures(make_run(tmp_path, sft=[]))
     with pytest.raises(UserError, match=r"no questions in eval/heatmap\.json"):
         figures(make_run(tmp_path, questions=[]))

@@ -515,6 +515,18 @@ def test_a_shared_cell_is_the_run_it_would_be_on_its_own(micro, transcripts, tmp
     assert about["rows"] == {"steps": 2, "rollouts": 8, "heldout": 24}
 
 
+def test_a_study_may_have_cells_without_grpo(micro, transcripts, tmp_path):
+    none = micro.replace(sft_epochs=0, grpo_steps=load_settings(micro.preset).grpo_steps)
+    run_study(none, {"grpo_steps": [0, 2]}, [0], tmp_path / "s", say=quiet)
+    for steps in (0, 2):
+        cell = tmp_path / "s" / f"grpo_steps-{steps}" / "seed-0"
+        assert (cell / "report.html").exists() and (cell / "adapter" / "README.md").exists()
+    found = read_study(tmp_path / "s")
+    assert [len(c["steps"]) for c in found["cells"]] == [0, 2]
+    assert {r["value"] for r in curves(found)} == {2} and {r["value"] for r in before_after(found)} == {0, 2}
+    assert {r["value"] for r in draft_reading(found)} >= {2} and study_findings(found)
+
+
 def test_no_stage_before_grpo_reads_a_setting_of_grpo(micro, tmp_path, monkeypatch, watched):
     monkeypatch.setattr(pipeline, "check_grpo", lambda settings, prompts: None)  # decides nothing
     monkeypatch.setattr(pipeline, "_doubts", lambda settings: [])  # says it, decides nothing
