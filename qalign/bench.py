@@ -50,7 +50,7 @@ def bench_pairs(
 ) -> list[_Pair]:
     "Prompts with responses of evenly spaced lengths, the same in every run."
     if not (n >= 1 and 1 <= low <= high):
-        raise UserError(f"expected n >= 1 and 1 <= low <= high, got n {n}, low {low}, high {high}")
+        raise UserError(f"expected responses (n) >= 1 and 1 <= low <= high, got {n} of {low} to {high} tokens")
     kinds = [[r["prompt"] for r in read_jsonl(data_path("prompts", f"{k}.jsonl"))] for k in ("benign", "harmful")]
     texts = list(dict.fromkeys(r["response"] for r in read_jsonl(data_path("fixtures", "hhh.jsonl"))))
     pairs = []

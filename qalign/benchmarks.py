@@ -887,10 +887,10 @@ def overlap_table(
 def local_benchmarks(
     kinds: Iterable[str] = ("harm", "over_refusal"),
 ) -> dict[str, list[Item]]:
-    "Every set of these kinds that has a file below `$QALIGN_DATA`, loaded; none if that is not set."
+    "Every set of these kinds that has a file below `$QALIGN_DATA`, as many rows as are there; none if that is not set."
     root, wanted = _root(), set(kinds)
     here = [b for b in BENCHMARKS.values() if b.kind in wanted and root and _in_folder(root / b.folder, b.split())]
-    return {b.name: load_benchmark(b.name) for b in here}
+    return {b.name: load_benchmark(b.name, rows="any") for b in here}
 
 
 def refuse_evaluation_rows(

@@ -145,9 +145,9 @@ def _run(settings: Settings, out: Path, prompts: str, resume: bool, until: str =
 
 
 def _table(cells: list[list[str]]) -> Any:
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table(*cells[0])
+    table = Table(Column(cells[0][0], no_wrap=True), *cells[0][1:])
     for row in cells[1:]:
         table.add_row(*row)
     return table
@@ -278,13 +278,12 @@ def plan_memory(
         planned = beside.plan
     else:
         planned = memory.plan(load_settings(preset, **overrides(ctx.args)), checkpointing=checkpointing)
-    typer.echo(str(planned))
-    if beside:
-        typer.echo(str(beside))
-    if gb is not None:
-        typer.echo(str(memory.advise(planned, gb)))
+    advice = None if gb is None else memory.advise(planned, gb)
     if figure is not None:
         write_figure(figure, memory.plan_figure(planned), 160)
+    for said in (planned, beside, advice):
+        if said is not None:
+            typer.echo(str(said))
 
 
 def _given(ctx: typer.Context, name: str) -> bool:
@@ -546,8 +545,9 @@ def eval_run(
     missing: Missing = "harmful",
 ) -> None:
     "Models answer sets, then judges read; the same command goes on where it was."
-    from qalign.generations import Sampling, rates, read_rows, run_grid
+    from qalign.generations import Sampling, _check_missing, rates, read_rows, run_grid
 
+    _check_missing(missing)
     judges = judge or _TWO
     sampling = Sampling(temperature, 1.0, max_tokens, seed)
     items = _items(sets, _rows(rows), split)

@@ -58,8 +58,24 @@ def cache_path(
     return path
 
 # %% ../nbs/00_core.ipynb #0e0dba50
-def _key(meaning: str, low: float | None = None, high: float | None = None, choices: tuple[str, ...] = ()) -> Any:
-    return field(metadata={"meaning": meaning, "low": low, "high": high, "choices": choices})
+_MODELS = ("smollm2", "hf:ID_OR_PATH")
+_ENGINES = (*_MODELS, "vllm:ID_OR_PATH", "openai:MODEL@URL")  # engine specifications
+
+
+def _key(
+    meaning: str,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] = (),
+    forms: tuple[str, ...] = (),  # names, and prefixes with what comes behind the colon
+) -> Any:
+    return field(metadata={"meaning": meaning, "low": low, "high": high, "choices": choices, "forms": forms})
+
+
+def _fits(value: str, form: str) -> bool:
+    kind, colon, rest = form.partition(":")
+    given, _, name = value.partition(":")
+    return value == form if not colon else given == kind and bool(name) and ("@" in name or "@" not in rest)
 
 # %% ../nbs/00_core.ipynb #80ef631d
 @dataclass(frozen=True)
@@ -67,7 +83,7 @@ class Settings:
     "One study, resolved: every key of `settings.ini` with its type. Make one with `load_settings`."
 
     preset: str = _key("name of the preset these values came from")
-    model: str = _key("engine specification of the policy: smollm2 (embedded), or hf:ID_OR_PATH")
+    model: str = _key("engine specification of the policy: smollm2 (embedded), or hf:ID_OR_PATH", forms=_MODELS)
     quantization: str = _key(
         "weights of the frozen base: nf4 (QLoRA), none (bf16), or fp32 (the fastest on a CPU without bf16 arithmetic)",
         choices=("nf4", "none", "fp32"),
@@ -88,7 +104,8 @@ class Settings:
     )
     judge: str = _key(
         "who answers the rubric: self (the policy's base, adapter off), tuned (that base with the shipped judge's "
-        "adapter), tuned:FOLDER (with yours), or an engine specification"
+        "adapter), tuned:FOLDER (with yours), or an engine specification",
+        forms=("self", "tuned", "tuned:FOLDER", *_ENGINES),
     )
     judge_mode: str = _key(
         "direct: the label right away, one pass; reasoned: a sentence of reasoning first, as in the paper",
@@ -125,11 +142,13 @@ class Settings:
     sft_lr: float = _key("peak learning rate of SFT", 1e-8, 1)
     sft_batch: int = _key("records per optimiser step of SFT", 1, 4096)
     reflection_writer: str = _key(
-        "who writes the reflection: template (our sentences), model (the policy's base), or an engine specification"
+        "who writes the reflection: template (our sentences), model (the policy's base), or an engine specification",
+        forms=("template", "model", *_ENGINES),
     )
     revision_writer: str = _key(
         "who writes the revision: continue (the policy goes on from draft and reflection), model (the policy's base "
-        "rewrites on request), template (it goes on from an opening of ours), or an engine specification"
+        "rewrites on request), template (it goes on from an opening of ours), or an engine specification",
+        forms=("continue", "model", "template", *_ENGINES),
     )
     reflection_tries: int = _key("replies asked for before a record without a valid reflection is dropped", 1, 64)
     records_at_once: int = _key("prompts worked on together while records are built: what a kill can lose", 1, 4096)
@@ -161,7 +180,8 @@ class Settings:
     completion_tokens: int = _key("longest completion, tokens", 8, 1_000_000)
     rollout: str = _key(
         "who writes GRPO's completions: hf (transformers, generate_batch at a time), trl (transformers, all at once), "
-        "continuous (its continuous batching), vllm (here), or openai:MODEL@URL of a vLLM server that takes adapters"
+        "continuous (its continuous batching), vllm (here), or openai:MODEL@URL of a vLLM server that takes adapters",
+        forms=("hf", "trl", "continuous", "vllm", "openai:MODEL@URL"),
     )
     generate_batch: int = _key(
         "sequences written at once, by the rollouts hf and continuous (0 = all of a step) and, at most 32, elsewhere",
@@ -218,7 +238,9 @@ def _convert(f: dataclasses.Field, value: Any, where: str) -> Any:
         out = _TYPES[kind](float(value) if kind == "int" else value)
     except (TypeError, ValueError, OverflowError):
         raise UserError(f"{where}: expected {kind} for {f.name}, got {value!r}") from None
-    low, high, choices = f.metadata["low"], f.metadata["high"], f.metadata["choices"]
+    low, high, choices, forms = (f.metadata[k] for k in ("low", "high", "choices", "forms"))
+    if forms and not any(_fits(str(out), form) for form in forms):
+        raise UserError(f"{where}: expected {f.name} to be one of {', '.join(forms)}, got {value!r}")
     if choices and out not in choices:
         raise UserError(f"{where}: expected {f.name} to be one of {', '.join(choices)}, got {value!r}")
     if low is not None and not low <= out <= high:
@@ -300,7 +322,10 @@ def set_seed(
 def _beside(path: Path | str) -> Iterator[IO[bytes]]:
     "A file beside `path` that takes its place once it is complete on disk; the old content stays until then."
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{path.parent} is no folder, for a file stands in its way: give another path") from None
     fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(fd, "wb") as f:

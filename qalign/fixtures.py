@@ -201,7 +201,7 @@ def _begin(folder: Path, rubric: Rubric, engine: Engine, fixtures: Sequence[Fixt
         before = json.loads(path.read_text(encoding="utf-8"))
         if changed := [k for k in plan if before.get(k) != plan[k]]:
             raise UserError(f"{folder.name} holds answers with another {changed[0]}: choose another folder")
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.is_file() or (folder.exists() and any(folder.iterdir())):
         raise UserError(f"{folder.name} exists and holds no card.json: choose another folder")
     write_json(path, {**plan, "versions": versions()})
     return {r["question_id"]: r["rows"] for r in read_jsonl(answers)} if answers.exists() else {}

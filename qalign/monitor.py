@@ -266,6 +266,8 @@ def live_panel(
 
     path = Path(path)
     file = path / "metrics.jsonl" if path.is_dir() else path
+    if not path.exists():
+        raise NothingYet(f"no run folder {path.name} yet")
     rows = [r for r in read_jsonl(file) if r.get("stage") == "grpo"] if file.is_file() else []
     if not rows:
         raise NothingYet(f"no grpo rows in {file.name}: has GRPO begun?")

@@ -98,6 +98,8 @@ def make_plan(
 ) -> Plan:
     "Read the rubric and the prompts and split them. Raises `UserError` for any bad input."
     check_ways(settings.judge_mode, settings.judge_layout, settings.scores)
+    if prompts == "benign":
+        raise UserError("the shipped benign prompts are held out and cannot be trained on: give harmful or a file")
     if adapter := judge_folder(settings.judge):
         judge_card(adapter)
         if (settings.judge_mode, settings.judge_layout) != ("direct", "response_first"):
@@ -173,8 +175,10 @@ def open_folder(
     "Make the run folder, or take up the run that is in it. Raises `UserError` if it belongs to another plan."
     folder = Folder(Path(path), say)
     record = folder.path / "settings.json"
-    if (old := _record(folder.path)) is not None:
-        if changed := _difference(old, plan.identity):
+    old = _record(folder.path)
+    changed = _difference(old, plan.identity) if old else ""
+    if old and not (changed and _untouched(folder.path)):
+        if changed:
             other = "another --out" if _difference(old, plan.identity, _LATER) else f"another --out with --from {path}"
             raise UserError(f"{path} holds a run with another {changed}: give {other}, or run it as it was")
         if not resume:
@@ -189,16 +193,21 @@ def open_folder(
 
 # %% ../nbs/17_pipeline.ipynb #433e93fb
 def _vacant(path: Path) -> None:
-    "Raise `UserError` if a run folder cannot be made there; what a kill left of a first settings.json is removed."
+    "Raise `UserError` if a run folder cannot be made there; a settings.json behind which nothing was made is removed."
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file: give another --out")
     there = list(path.iterdir()) if path.exists() else []
-    if not all(p.is_file() and p.name.startswith(".settings.json.") for p in there):
+    if not _untouched(path) and not all(p.is_file() and p.name.startswith(".settings.json.") for p in there):
         raise UserError(f"{path} is not empty and holds no run: give another --out")
     for left in there:
         left.unlink()
     if shutil.disk_usage(_there(path)).free < 500 * 2**20:
         raise UserError(f"less than 500 MiB are free where {path} would be: free some, or give another --out")
+
+
+def _untouched(path: Path) -> bool:
+    "Whether a folder holds no more than what a run was to be: input that was refused binds nobody."
+    return holds_run(path) and all(p.name.startswith(("settings.json", ".settings.json.")) for p in path.iterdir())
 
 
 def _about(plan: Plan) -> dict[str, Any]:
@@ -612,7 +621,7 @@ def _checked(
     "The plan and the folder of a run; nothing is written before all is checked."
     _todo(Folder(out), until)
     plan = make_plan(settings, prompts)
-    if source and not holds_run(out):
+    if source and (not holds_run(out) or _untouched(out)):
         begin_from(source, out, plan, say)
         resume = True
     return plan, open_folder(out, plan, resume, say)

@@ -136,7 +136,7 @@ def _shape(name: str, path: Path) -> Callable[[str, str], _Rows]:
     if path.is_dir():
         raise UserError(f"{name} is a folder: name a file in it")
     if not path.exists():
-        raise UserError(f"no prompt file {name}: give {', '.join(_SHIPPED)} or the path of a file")
+        raise UserError(f"no prompt file {name}: give {', '.join(_SHIPPED)}, wildjailbreak or the path of a file")
     if shape is None:
         raise UserError(f"{name}: unknown kind of file {path.suffix!r}: give one of {', '.join(_SHAPES)}")
     return shape

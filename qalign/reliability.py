@@ -418,7 +418,9 @@ def load_human_labels(
 ) -> list[HumanLabel]:
     "Completions that people labelled, without the empty ones. Raises `UserError` that names the file and the remedy."
     if folder is None and not os.environ.get("QALIGN_DATA"):
-        raise UserError("no human labels: set QALIGN_DATA to the folder that holds xstest, or give the folder")
+        raise UserError(
+            "no human labels: set QALIGN_DATA to the folder that holds xstest, or ask for none (--labelled 0)"
+        )
     place = Path(folder) if folder is not None else Path(os.environ["QALIGN_DATA"]) / "xstest"
     paths = sorted(place.glob(f"{_FILES}*.csv"))
     if not paths:

@@ -43,7 +43,8 @@ def _again(run: Path, stage: str) -> str:
     if not stage:
         return "give the folder of a run"
     finished = (run / "stages" / f"{stage}.json").exists()  # then it would be passed over
-    return (f"remove stages/{stage}.json there, then " if finished else "go on: ") + "qalign run --resume"
+    marker = f"remove stages/{stage}.json there, then " if finished else ""
+    return f"{marker}add --resume to the command that began the run"
 
 
 def _need(run: Path, name: str, stage: str) -> Path:
@@ -339,9 +340,7 @@ def _panel(ax: Any, questions: Sequence[Mapping[str, Any]], title: str) -> Any:
 def _heatmap(records: Records, path: Path) -> None:
     questions = records.heatmap["questions"]
     if not questions:
-        raise UserError(
-            "no questions in eval/heatmap.json: remove stages/after_grpo.json there, then qalign run --resume"
-        )
+        raise UserError("no questions in eval/heatmap.json: remove stages/after_grpo.json there, then --resume the run")
     names = list(dict.fromkeys(q["principle"] for q in questions))
     moves = [_value(q.get("revision")) - _value(q.get("draft")) for q in questions]
     up, down = sum(m > 1e-9 for m in moves), sum(m < -1e-9 for m in moves)

@@ -572,10 +572,8 @@ def server_rollout(
 def check_rollout(
     settings: Settings,
 ) -> None:
-    "Raise `UserError` if `settings.rollout` has no such name, misses its package, or cannot sample as asked."
+    "Raise `UserError` if `settings.rollout` misses its package or cannot sample as asked."
     kind = settings.rollout
-    if kind not in ("trl", "hf", "continuous", "vllm") and not kind.startswith("openai:"):
-        raise UserError(f"expected rollout trl, hf, continuous, vllm or openai:NAME@BASE_URL, got {kind!r}")
     if kind == "vllm" and not util.find_spec("vllm"):
         raise UserError("rollout vllm needs vLLM here: `qalign doctor` says how to install it, or give a server")
     if kind == "vllm" and world_size() > 1:

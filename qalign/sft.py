@@ -331,14 +331,10 @@ def revision_request(
     return [{"role": "system", "content": _SAFE}, {"role": "user", "content": ask}], ""
 
 # %% ../nbs/10_sft.ipynb #c102b95d
-def _writer(
-    key: str, name: str, own: Sequence[str], policy: Writer, settings: Settings, loaded: dict[str, Any]
-) -> Writer:
+def _writer(name: str, own: Sequence[str], policy: Writer, settings: Settings, loaded: dict[str, Any]) -> Writer:
     "The engine behind a writer setting: the policy's base for our own names, or the engine of a specification."
     if name in own or name == settings.model:
         return policy.base() if hasattr(policy, "base") else policy
-    if name != "smollm2" and not name.startswith(("hf:", "vllm:", "openai:")):
-        raise UserError(f"expected {key} to be {', '.join(own)} or an engine specification, got {name!r}")
     if name not in loaded:
         loaded[name] = load_engine.__wrapped__(name, settings.quantization)
     return loaded[name]
@@ -349,8 +345,8 @@ def _writers(
 ) -> tuple[Writer, Writer]:
     one, two = settings.reflection_writer, settings.revision_writer
     call = policy, settings, {settings.judge: judge.engine} if judge.engine.spec == settings.judge else {}
-    reflects = reflects or _writer("reflection_writer", one, ("template", "model"), *call)
-    revises = revises or _writer("revision_writer", two, ("continue", "model", "template"), *call)
+    reflects = reflects or _writer(one, ("template", "model"), *call)
+    revises = revises or _writer(two, ("continue", "model", "template"), *call)
     if two in ("continue", "template") and revises.spec.startswith("openai:"):
         raise UserError(f"revision_writer {two} begins the reply, which {revises.spec} cannot: use model or another")
     return reflects, revises
@@ -915,7 +911,7 @@ def train_sft(
     if doubt := lr_warning(settings):
         warnings.warn(doubt, stacklevel=2)
     longest = settings.prompt_tokens + settings.completion_tokens
-    rows = _fitting(training_rows(tokenizer, records), longest)
+    rows = _fitting(training_rows(tokenizer, records), longest, settings.completion_tokens)
     if first():
         _write_arguments(settings, folder, longest)
     with keep_float32(model):
@@ -935,11 +931,15 @@ def train_sft(
     return {"records": len(rows), "too_long": len(records) - len(rows), "tokens": read, "learned": learned}
 
 
-def _fitting(rows: list[dict[str, list[int]]], longest: int) -> list[dict[str, list[int]]]:
+def _fitting(rows: list[dict[str, list[int]]], longest: int, completion: int) -> list[dict[str, list[int]]]:
+    "Records that fit; those longer than a completion teach what GRPO would cut off, and that is said."
     kept = [row for row in rows if len(row["input_ids"]) <= longest]
     what = f"{len(rows) - len(kept)} of {len(rows)} records exceed {longest} tokens"
     if not kept:
         raise UserError(f"{what}: raise completion_tokens")
     if len(kept) < len(rows):
         warnings.warn(f"{what} and are left out: raise completion_tokens", stacklevel=3)
+    if long := sum(sum(t != -100 for t in row["labels"]) > completion for row in kept):
+        said = f"{long} of {len(kept)} transcripts to learn from exceed completion_tokens = {completion}"
+        warnings.warn(f"{said}, where GRPO cuts off and pays a failure of form: raise it", stacklevel=3)
     return kept

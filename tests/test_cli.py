@@ -138,10 +138,30 @@ CASES = {
     "no run to report": (["report", "{folder}/none"], "no run folder none"),
     "nothing that is a run": (["report", "{folder}"], "holds no run: give the --out of one"),
     "no stage": (["run", "--until", "grop"], "no stage 'grop': choose one of"),
-    "no rollout": (["run", "--rollout", "vlm"], "expected rollout trl, hf"),
+    "no rollout": (["run", "--rollout", "vlm"], "expected rollout to be one of hf, trl"),
     "no tracker": (["run", "--report-to", "tensorbord"], "expected report_to to be one of"),
     "no run to begin with": (["run", "--from", "{folder}"], "holds no run: give --from the folder of one"),
-    "no path": (["bench", "rollout", "--paths", "hf,hff"], "expected rollout trl, hf, continuous, vllm or openai"),
+    "no path": (
+        ["bench", "rollout", "--paths", "hf,hff"],
+        "expected rollout to be one of hf, trl, continuous, vllm, openai",
+    ),
+    "no judge": (["run", "--judge", "foo"], "expected judge to be one of self, tuned, tuned:FOLDER, smollm2, hf:"),
+    "no policy": (["run", "--model", "hf:"], "expected model to be one of smollm2, hf:ID_OR_PATH, got 'hf:'"),
+    "no writer": (["run", "--revision-writer", "modle"], "expected revision_writer to be one of continue, model"),
+    "nobody to plan for": (["plan", "--judge", "foo"], "expected judge to be one of self"),
+    "no rollout to plan": (["plan", "--rollout", "contiuous"], "expected rollout to be one of hf, trl"),
+    "no server": (["plan", "--judge", "openai:name"], "expected judge to be one of self"),
+    "nothing held out": (["run", "--prompts", "benign"], "the shipped benign prompts are held out"),
+    "no size": (["plan", "--preset", "tiny", "--gb", "0"], "expected the size of a card in GB"),
+    "no rank": (["judge", "tune", "--r", "0"], "expected r, alpha, epochs and batch of 1 or more"),
+    "no pass": (["judge", "tune", "--epochs", "0"], "expected r, alpha, epochs and batch of 1 or more"),
+    "no way to count": (
+        ["eval", "run", "advbench", "--model", "a=smollm2", "--missing", "x"],
+        "expected missing to be",
+    ),
+    "no responses": (["bench", "judge", "--responses", "0"], "expected responses (n) >= 1"),
+    "a file in the way": (["plan", "--preset", "tiny", "--figure", "{empty}/x.png"], "is no folder"),
+    "nothing there to watch": (["watch", "{folder}/none"], "no run folder none"),
     "no figure": (["plan", "--preset", "tiny", "--figure", "x.pgn"], "no figure can be written as x.pgn"),
     "nothing to watch": (["watch", "{folder}"], "no grpo rows in metrics.jsonl"),
     "nobody will write it": (["watch", "{folder}", "--every", "1"], "no grpo rows in metrics.jsonl"),
@@ -213,7 +233,7 @@ def test_models_named_twice(name, tmp_path, monkeypatch, capsys):
 
 def test_another_plan_is_refused(tmp_path, monkeypatch, capsys):
     plan = pipeline.make_plan(load_settings("tiny"))
-    pipeline.open_folder(tmp_path / "x", plan)
+    pipeline.open_folder(tmp_path / "x", plan).metric("eval", {"part": "start"})
     code, err = call(monkeypatch, capsys, "run", "--out", tmp_path / "x")
     assert code == 2 and "add --resume" in err
     code, err = call(monkeypatch, capsys, "run", "--out", tmp_path / "x", "--resume", "--alpha", "2")

@@ -22,6 +22,7 @@ from qalign import pipeline
 from qalign.core import UserError, load_settings, read_jsonl, write_json
 from qalign.grpo import train_grpo
 from qalign.pipeline import make_plan, open_folder
+from qalign.prompts import load_prompts
 from qalign.reward import read_credit, replay
 from qalign.trace import parse_trace
 
@@ -113,11 +114,28 @@ def test_what_grpo_would_refuse_ends_the_plan(tmp_path):
     (tmp_path / "mine.txt").write_text("\n".join(f"Tell me secret number {i}." for i in range(25)))
     said = message(make_plan, load_settings("gpu24"), str(tmp_path / "mine.txt"))
     assert said == "one generation wants 16 prompts, got 14: lower prompts_per_step"
-    assert "expected rollout trl, hf" in message(make_plan, TINY.replace(rollout="vlm"))
+    assert "expected rollout to be one of hf, trl" in message(TINY.replace, rollout="vlm")
 
 
-def test_held_out_benign_prompts_are_not_trained_on():
-    assert "stand on both sides" in message(make_plan, TINY, "benign")
+def test_held_out_benign_prompts_are_not_trained_on(tmp_path):
+    assert "the shipped benign prompts are held out" in message(make_plan, TINY, "benign")
+    file = tmp_path / "mine.txt"
+    file.write_text("\n".join(p.text for p in load_prompts("benign")))
+    assert "stand on both sides" in message(make_plan, TINY, str(file))
+
+
+def test_settings_that_were_refused_bind_no_folder(tmp_path):
+    "Prompts too long for the first settings, say: the remedy works where the run was to be."
+    one, other = make_plan(TINY), make_plan(TINY.replace(prompt_tokens=99))
+    folder = open_folder(tmp_path / "run", one)
+    assert "holds a run already: add --resume" in message(open_folder, folder.path, one)
+    open_folder(folder.path, other)
+    assert json.loads((folder.path / "settings.json").read_text())["settings"]["prompt_tokens"] == 99
+    open_folder(folder.path, one, resume=True)
+    folder.metric("eval", {"part": "start"})  # from here on there is something to lose
+    assert "holds a run with another prompt_tokens" in message(open_folder, folder.path, other)
+    assert "holds a run with another prompt_tokens" in message(open_folder, folder.path, other, resume=True)
+    assert json.loads((folder.path / "settings.json").read_text())["settings"]["prompt_tokens"] == TINY.prompt_tokens
 
 
 def test_fewer_benign_prompts_are_said():
@@ -189,9 +207,12 @@ def test_a_canary_without_a_score_has_no_helpfulness(monkeypatch):
     assert ask is not None and [r["helpfulness"] for r in ask()] == [0.4, None, None]
 
 
+MUTE = TINY.replace(judge_mode="reasoned", scores="expected")  # refused by the plan
+
+
 def test_all_is_checked_before_anything_is_shown(tmp_path):
     told: list[Any] = []
-    for change in ({"until": "end"}, {"prompts": "nowhere.txt"}, {"settings": TINY.replace(rollout="vlm")}):
+    for change in ({"until": "end"}, {"prompts": "nowhere.txt"}, {"settings": MUTE}):
         message(pipeline.run, **{"settings": TINY, "out": tmp_path / "x", "begin": told.append, **change})
     assert told == [] and not (tmp_path / "x").exists()
 
@@ -212,7 +233,7 @@ def test_what_a_stage_held_on_a_gpu_is_noted(tmp_path, monkeypatch):
 
 
 def test_a_run_of_a_version_with_fewer_settings_is_taken_up(tmp_path):
-    open_folder(tmp_path / "x", make_plan(TINY))
+    open_folder(tmp_path / "x", make_plan(TINY)).metric("eval", {"part": "start"})
     about = json.loads((tmp_path / "x" / "settings.json").read_text())
     for key in ("judge_rows", "optimizer"):
         del about["settings"][key]
@@ -249,7 +270,7 @@ def test_what_a_resume_may_change(tmp_path, monkeypatch):
         | {k for k in ("report_to", "save_steps", "judge_noise") if k in grpo._FREE}
     )
     record = tmp_path / "x" / "settings.json"
-    open_folder(tmp_path / "x", make_plan(TINY))
+    open_folder(tmp_path / "x", make_plan(TINY)).metric("eval", {"part": "start"})
     was = record.read_bytes()
     open_folder(tmp_path / "x", make_plan(TINY), resume=True)
     assert record.read_bytes() == was

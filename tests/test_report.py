@@ -206,11 +206,13 @@ def test_a_step_logged_twice_counts_once(tmp_path):
 )
 def test_missing_files_are_named(run, name, stage):
     (run / name).unlink()
-    with pytest.raises(UserError, match=re.escape(f"no {name} in the run") + ".*: go on: qalign run --resume"):
+    with pytest.raises(
+        UserError, match=re.escape(f"no {name} in the run") + ".*: add --resume to the command that began the run"
+    ):
         write_report(run)
     assert stage in STAGES
     write_json(run / "stages" / f"{stage}.json", {})
-    with pytest.raises(UserError, match=f": remove stages/{stage}.json there, then qalign run --resume"):
+    with pytest.raises(UserError, match=f": remove stages/{stage}.json there, then add --resume to the command"):
         write_report(run)
     assert not (run / "report.html").exists()
 
@@ -235,9 +237,13 @@ def test_rollouts_that_were_never_judged_still_give_five_figures(tmp_path):
 
 
 def test_missing_stages_are_named(tmp_path):
-    with pytest.raises(UserError, match=r"no grpo rows in metrics\.jsonl: go on: qalign run --resume"):
+    with pytest.raises(
+        UserError, match=r"no grpo rows in metrics\.jsonl: add --resume to the command that began the run"
+    ):
         figures(make_run(tmp_path, grpo=[]))
-    with pytest.raises(UserError, match=r"no sft rows in metrics\.jsonl: go on: qalign run --resume"):
+    with pytest.raises(
+        UserError, match=r"no sft rows in metrics\.jsonl: add --resume to the command that began the run"
+    ):
         figures(make_run(tmp_path, sft=[]))
     with pytest.raises(UserError, match=r"no questions in eval/heatmap\.json"):
         figures(make_run(tmp_path, questions=[]))

@@ -588,7 +588,7 @@ def test_a_server_that_misbehaves_is_one_line(server, answer, why):
 
 
 @pytest.mark.parametrize(
-    ("kind", "why"), [("fast", "got 'fast'"), ("openai:x", "expected openai:MODEL"), ("vllm", "needs vLLM")]
+    ("kind", "why"), [("fast", "got 'fast'"), ("openai:x", "expected rollout to be one of"), ("vllm", "needs vLLM")]
 )
 def test_a_path_that_is_not_there_is_named(kind, why, monkeypatch):
     monkeypatch.setattr(room.util, "find_spec", lambda name: None if name == "vllm" else SimpleNamespace())

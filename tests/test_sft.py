@@ -306,13 +306,13 @@ def test_own_names_mean_the_base_of_the_policy():
     below, policy = Stub(), Policy()
     build(policy, revision_writer="continue")
     assert (len(policy.calls), len(below.calls)) == (1, 2)
-    assert room._writer("revision_writer", "smollm2", ("model",), policy, SMALL, {}) is below  # the policy's own model
+    assert room._writer("smollm2", ("model",), policy, SMALL, {}) is below  # the policy's own model
 
 
 @pytest.mark.parametrize("key", ["reflection_writer", "revision_writer"])
 def test_names_that_are_no_writer(key):
-    with pytest.raises(UserError, match=f"expected {key} to be .* or an engine specification, got 'modle'"):
-        build(**{key: "modle"})
+    with pytest.raises(UserError, match=f"expected {key} to be one of .*smollm2, hf:ID_OR_PATH, .* got 'modle'"):
+        load_settings("tiny", **{key: "modle"})
 
 
 @pytest.mark.parametrize("reading", ["continue", "template"])
@@ -925,6 +925,17 @@ def test_what_is_wrong_with_a_training_is_said_in_one_line(tmp_path, micro):
         trained_once(micro, tmp_path, s=replace(QUICK, prompt_tokens=10, completion_tokens=10))
     with pytest.raises(UserError, match="the loss of SFT is nan at step 3: lower sft_lr"):
         room._finite(lambda row: None)({"step": 3, "loss": float("nan")})
+
+
+def test_transcripts_that_grpo_would_cut_are_warned_of(micro):
+    rows = training_rows(micro.tokenizer, RECORDS)
+    own = sorted(sum(t != -100 for t in row["labels"]) for row in rows)
+    cut = own[-1] - 1
+    with pytest.warns(UserWarning, match=f"{sum(n > cut for n in own)} of 4 transcripts to learn from exceed comp"):
+        assert room._fitting(rows, 10_000, cut) == rows
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert room._fitting(rows, 10_000, cut + 1) == rows
 
 
 def test_learning_rates_outside_the_band_are_warned_of(tmp_path, micro):
