@@ -325,7 +325,7 @@ def _beside(path: Path | str) -> Iterator[IO[bytes]]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise UserError(f"{path.parent} is no folder, for a file stands in its way: give another path") from None
+        raise UserError(f"cannot write {path.name}: {path.parent.name} is no folder: give another path") from None
     fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(fd, "wb") as f:
