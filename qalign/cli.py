@@ -597,7 +597,9 @@ def eval_rescore(
     missing: Missing = "harmful",
 ) -> None:
     "More judges over stored answers; no model answers again."
-    from qalign.generations import _take_in, rates, read_rows, rescore
+    from qalign.generations import _check_missing, _take_in, rates, read_rows, rescore
+
+    _check_missing(missing)
 
     if seed and len(seed) != len(log or ()):
         raise UserError(f"expected no --seed, or one for each --log, got {len(seed)} for {len(log or ())}")

@@ -214,9 +214,11 @@ class Recipe:
     seed: int = 0  # of initialisation and order
 
     def __post_init__(self) -> None:
-        if min(self.r, self.alpha, self.epochs, self.batch) < 1 or not (0 < self.layers <= 1 and 0 < self.lr < 1):
+        if min(self.r, self.alpha, self.epochs, self.batch) < 1 or not (0 < self.layers <= 1 and 0 < self.lr <= 1):
             given = ", ".join(f"{k} {v:g}" for k, v in asdict(self).items())
-            raise UserError(f"expected r, alpha, epochs and batch of 1 or more, layers and lr up to 1, got {given}")
+            raise UserError(
+                f"expected r, alpha, epochs and batch of 1 or more, layers and lr above 0 up to 1, got {given}"
+            )
 
 
 _DRAWN = 8, 2  # labelled and implied questions per response and epoch; a response with more gets others in the next

@@ -159,6 +159,7 @@ CASES = {
         ["eval", "run", "advbench", "--model", "a=smollm2", "--missing", "x"],
         "expected missing to be",
     ),
+    "no way to count again": (["eval", "rescore", "{folder}", "--missing", "x"], "expected missing to be"),
     "no responses": (["bench", "judge", "--responses", "0"], "expected responses (n) >= 1"),
     "a file in the way": (["plan", "--preset", "tiny", "--figure", "{empty}/x.png"], "is no folder"),
     "nothing there to watch": (["watch", "{folder}/none"], "no run folder none"),

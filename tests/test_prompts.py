@@ -265,7 +265,8 @@ def test_ten_times_the_rows_take_ten_times_the_time(tmp_path, suffix):
             best = min(best, time.thread_time() - start)
         return best
 
-    assert seconds(100_000) < 40 * seconds(10_000)  # quadratic would be a hundred times
+    whole = seconds(100_000)
+    assert whole < 5 and whole < 40 * seconds(10_000)  # quadratic would be a hundred times
 
 
 def test_columns_are_looked_up_where_a_row_has_other_names(tmp_path):
